@@ -1,0 +1,67 @@
+"""Feature maps phi: what linear attention puts in the place of exp(q . k).
+
+The engine takes features, not queries and keys: a map of another width, or a learned one, is
+applied before it and needs nothing from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core.library import define
+from regard.ops.linear.mapped import rowwise
+
+
+def identity(x: Tensor) -> Tensor:
+    """phi(x) = x."""
+    return x
+
+
+def elu(x: Tensor) -> Tensor:
+    """phi(x) = 1 + elu(x), that is x + 1 above zero and exp(x) below: always positive.
+
+    It keeps its result for the backward pass and nothing else: phi'(x) = min(phi(x), 1). It is
+    written with exp, since 1 + (exp(x) - 1) would be exactly 0 in float32 from x = -17 on.
+    """
+    return _forward(x)
+
+
+def _elu(x: Tensor) -> Tensor:
+    return x.clamp(max=0.0).exp_().add_(x.clamp(min=0.0))
+
+
+def _elu_gradient(gradient: Tensor, features: Tensor) -> Tensor:
+    return gradient * features.clamp(max=1.0)
+
+
+def _save_result(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> Tensor:
+    (features,) = ctx.saved_tensors
+    return _backward(gradient, features)
+
+
+_backward = define(
+    "linear_elu_bwd",
+    "(Tensor gradient, Tensor features) -> Tensor",
+    _elu_gradient,
+    lambda gradient, features: torch.empty_like(gradient * features),
+    vmap=rowwise(lambda gradient, features: _backward(gradient, features)),
+)
+_forward = define(
+    "linear_elu_fwd",
+    "(Tensor x) -> Tensor",
+    _elu,
+    torch.empty_like,
+    backward=_differentiate,
+    setup_context=_save_result,
+    vmap=rowwise(lambda x: _forward(x)),
+)
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu, "identity": identity}
