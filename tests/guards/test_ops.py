@@ -1,0 +1,62 @@
+"""Every public op is exported once, and its docstring says what it must."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+import regard
+from guards.sources import PACKAGE
+
+OPS = sorted(regard.ops.__all__)
+# What must be found: in the whole docstring, or under the heading of that name.
+ANYWHERE = {
+    "one line of meaning": r"\A[A-Z][^\n]+\.\n\n",
+    "a formula": r"^ {4,}\S.* = ",
+    "shapes": r"\[B, H, T, D",
+    "a doctest": r"^\s*>>> ",
+}
+HEADINGS = {
+    "Precision": r"float",
+    "Cost": r"O\(",
+    "Source": r"\d{4}",
+    "Limits": r"\w",
+    "Raises": r"Error",
+}
+
+
+def sections(docstring: str) -> dict[str, str]:
+    """Heading -> text; the text follows on the line of the heading or indented below it."""
+    parts = re.split(r"^([A-Z]\w+):", docstring.split("\n>>> ")[0], flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("what", ANYWHERE)
+def test_docstring_has(name: str, what: str) -> None:
+    docstring = inspect.getdoc(getattr(regard.ops, name)) or ""
+    assert re.search(ANYWHERE[what], docstring, re.M), f"{name} lacks {what}"
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_docstring_says_under(name: str, heading: str) -> None:
+    found = sections(inspect.getdoc(getattr(regard.ops, name)) or "")
+    assert heading in found, f"{name} has no {heading}:"
+    assert re.search(HEADINGS[heading], found[heading]), f"{name}, {heading}: {found[heading]}"
+
+
+def test_exactly_the_op_of_every_folder_with_a_card_is_exported() -> None:
+    folders = [path.parent.name for path in (PACKAGE / "ops").glob("*/card.py")]
+    ops = {name: regard.mechanisms[name].op for name in folders}
+    assert sorted(op.__name__ for op in ops.values()) == OPS
+    for op in ops.values():
+        assert getattr(regard.ops, op.__name__) is op
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_op_takes_arbitrary_arguments(name: str) -> None:
+    kinds = {p.kind for p in inspect.signature(getattr(regard.ops, name)).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
