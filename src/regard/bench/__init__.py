@@ -1,0 +1,1 @@
+"""Measuring: which mechanism predicts best on data, and at what cost."""
