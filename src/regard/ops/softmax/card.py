@@ -21,5 +21,5 @@ card = Card(
     cost="O(T S D)",
     memory="linear",
     state="cache",
-    tune={"scale": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)},
+    tune={"scale": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)},
 )

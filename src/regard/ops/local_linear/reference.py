@@ -1,0 +1,142 @@
+"""Local linear attention straight from its equations: every weight, every covariance, one solve.
+
+For each query i, over the keys it sees, with p = softmax of the scores:
+
+    kbar = sum_j p_j k_j                        C = sum_j p_j (k_j - kbar)(k_j - kbar)^T
+    g = (C + lambda I)^-1 (kbar - q_i)          o = sum_j p_j (1 - g . (k_j - kbar)) v_j
+
+which is the intercept of the ridge-regularised least-squares fit of v ~ b + W (k - q_i) with
+weights p. Nothing here is shared with the fast forms.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from regard.core.precision import compute_dtype
+
+
+def local_linear_attention_reference(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b hk s d"],
+    v: Float[Tensor, "b hk s dv"],
+    *,
+    causal: bool = False,
+    ridge: float | Tensor = 1.0,
+    ridge_mode: str = "relative",
+    scale: float | Tensor | None = None,
+    key_mask: Bool[Tensor, "b s"] | None = None,
+    key_bias: Float[Tensor, "b heads s"] | None = None,
+    log_decay: Float[Tensor, "b heads s"] | None = None,
+    window: tuple[int, int] | None = None,
+) -> Float[Tensor, "b h t dv"]:
+    """The output of `local_linear_attention`, differentiable any number of times.
+
+    Holds T x S weights and T x D x D covariances. Computes in float64 for float64 inputs,
+    in float32 otherwise.
+    """
+    options = (causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window)
+    return equations(q, k, v, *options)[0]
+
+
+def equations(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    ridge: float | Tensor,
+    ridge_mode: str,
+    scale: float | Tensor | None,
+    key_mask: Tensor | None,
+    key_bias: Tensor | None,
+    log_decay: Tensor | None,
+    window: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp of the scores [B, H, T] and g [B, H, T, D]."""
+    kind, dtype = q.dtype, compute_dtype(q.dtype)
+    heads, T, D, S = q.shape[1], q.shape[2], q.shape[3], k.shape[2]
+    if key_mask is not None:
+        k, v = (torch.where(key_mask[:, None, :, None], x, 0.0) for x in (k, v))
+    q, k, v = q.to(dtype), _per_head(k, heads).to(dtype), _per_head(v, heads).to(dtype)
+
+    bandwidth = D**-0.5 if scale is None else _column(scale, dtype)
+    scores = bandwidth * (q @ k.mT)
+    seen = _positions_seen(T, S, causal, window, q.device)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None, :]
+    if key_bias is not None:
+        scores = scores + _per_head(key_bias, heads)[:, :, None, :].to(dtype)
+    if log_decay is not None and S:
+        decay, remembered = _decay(log_decay, key_mask, T, S, causal)
+        scores = scores + _per_head(decay, heads).to(dtype)
+        seen = seen & _per_head(remembered, heads)
+    some = seen.any(-1, keepdim=True)  # a row without keys gives 0
+    scores = torch.where(seen, scores, torch.where(some, -torch.inf, 0.0))
+    weights = torch.where(some, torch.softmax(scores, -1), 0.0)  # p
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+
+    strength = _ridge(ridge, heads, q)
+    if ridge_mode == "absolute":  # lambda added to the Gram of the weights exp(score)
+        strength = strength * torch.exp(-torch.where(some, lse, 0.0))
+    kbar = weights @ k
+    products = (k[..., :, None] * k[..., None, :]).flatten(-2)
+    covariance = (weights @ products).unflatten(-1, (D, D))
+    covariance = covariance - kbar[..., :, None] * kbar[..., None, :]
+    identity = torch.eye(D, dtype=dtype, device=q.device)
+    matrix = covariance + strength[..., None] * identity
+    g = torch.linalg.solve(matrix, torch.where(some, kbar - q, 0.0))
+    a = g @ k.mT - (g * kbar).sum(-1, keepdim=True)
+    out = (weights * (1 - a)) @ v
+    return out.to(kind), torch.where(some, lse, -torch.inf)[..., 0], g
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Key heads (or one head for all) repeated to query heads."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _column(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return x.to(dtype)[:, None, None] if isinstance(x, Tensor) else x
+
+
+def _ridge(ridge: float | Tensor, heads: int, like: Tensor) -> Tensor:
+    """[..., T or 1, 1], broadcasting against [B, H, T, 1]."""
+    if not isinstance(ridge, Tensor):
+        return like.new_full((1, 1), float(ridge))
+    if ridge.dim() == 1:
+        return ridge.to(like.dtype)[:, None, None]
+    return _per_head(ridge, heads).to(like.dtype)[..., None]
+
+
+def _positions_seen(
+    T: int, S: int, causal: bool, window: tuple[int, int] | None, device: torch.device
+) -> Tensor:
+    """[T, S]: query i stands at key position i + S - T."""
+    distance = torch.arange(T, device=device)[:, None] + (S - T) - torch.arange(S, device=device)
+    left, right = window if window is not None else (-1, -1)
+    seen = torch.ones(T, S, dtype=torch.bool, device=device)
+    if causal:
+        seen &= distance >= 0
+    if left >= 0:
+        seen &= distance <= left
+    if right >= 0:
+        seen &= distance >= -right
+    return seen
+
+
+def _decay(
+    log_decay: Tensor, key_mask: Tensor | None, T: int, S: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The score bias sum_{l=j+1..i} log_decay_l, and whether no -inf lies between j and i."""
+    steps = log_decay.double()
+    if key_mask is not None:
+        steps = torch.where(key_mask[:, None], steps, 0.0)
+    resets = steps == -torch.inf
+    total, count = torch.where(resets, 0.0, steps).cumsum(2), resets.cumsum(2)
+    at = torch.arange(T, device=steps.device) + (S - T)
+    at = (at if causal else torch.full_like(at, S - 1)).clamp(min=0)
+    bias = total[:, :, at, None] - total[:, :, None, :]
+    remembered = count[:, :, at, None] == count[:, :, None, :]
+    return torch.where(remembered & (bias <= 0), bias, 0.0), remembered
