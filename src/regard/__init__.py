@@ -62,4 +62,6 @@ __all__ = [
     "mechanisms",
     "native",
     "ops",
+    "tasks",
+    "testing",
 ]

@@ -31,7 +31,9 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     T = q.shape[2]
     rows = problem.block_size or _rows_per_block(q, k.shape[2])
     outputs, sums = [], []
-    for start in range(0, max(T, 1), rows):
+    # From the last block, the widest when causal, to the first: each fits into the memory that
+    # the one before gave back. Widths that grow would leave a trail of holes behind them.
+    for start in reversed(range(0, max(T, 1), rows)):
         stop = min(start + rows, T)
         first, last = problem.sees.key_range(start, stop)
         tile = problem.sees.tile((start, stop), (first, last), dtype)
@@ -39,7 +41,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
         out, lse = _attend_block(*block, tile, problem.softcap)
         outputs.append(out)
         sums.append(lse)
-    out, lse = torch.cat(outputs, 2), torch.cat(sums, 2)
+    out, lse = torch.cat(outputs[::-1], 2), torch.cat(sums[::-1], 2)
     if problem.sinks is not None:
         # A sink of logit c keeps the share e^lse / (e^lse + e^c) of the output.
         finite = lse.masked_fill(lse == -torch.inf, 0.0)

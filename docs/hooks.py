@@ -1,0 +1,71 @@
+"""Fills the documentation from the cards, so that a page cannot say what the code does not.
+
+`{{ mechanisms }}`, `{{ laws }}`, `{{ exceptions }}` and `{{ budgets }}` become tables;
+`{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series and
+`{{ file README.md }}` a file of the repository. A mechanism without a hand-written page gets one
+made from its card.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import regard
+from regard.testing import tables
+
+DOCS = Path(__file__).parent
+_spec = importlib.util.spec_from_file_location("readme", DOCS / "readme.py")
+assert _spec is not None
+assert _spec.loader is not None
+_readme = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_readme)
+
+TABLES = {
+    "mechanisms": lambda: tables.table(link="{name}.md"),
+    "laws": tables.law_table,
+    "exceptions": lambda: tables.exceptions() or "None: every card is held to every law.\n",
+    "budgets": tables.budget_table,
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds a page for every mechanism that has none."""
+    for name in regard.mechanisms:
+        place = f"mechanisms/{name}.md"
+        if not (DOCS / place).exists():
+            content = f"# {name}\n\n{{{{ card {name} }}}}\n"
+            files.append(File.generated(config, place, content=content))
+    return files
+
+
+def _of_the_repository(name: str) -> str:
+    """README or CONTRIBUTING as a page: links into docs/ are shortened, others become text."""
+    text = (DOCS.parent / name).read_text()
+    text = text.replace("](CONTRIBUTING.md)", "](contributing.md)")
+    text = re.sub(r"\]\(docs/(?!toy_mechanism)", "](", text)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?:docs/toy_mechanism|src|CHANGELOG)[^)]*\)", r"\1", text)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Replaces the placeholders."""
+    markdown = re.sub(
+        r"\{\{ file ([\w.]+) \}\}", lambda match: _of_the_repository(match.group(1)), markdown
+    )
+    for name, make in TABLES.items():
+        placeholder = f"{{{{ {name} }}}}"
+        if placeholder in markdown:
+            markdown = markdown.replace(placeholder, make())
+    markdown = re.sub(
+        r"\{\{ errors ([\w-]+) \}\}", lambda match: _readme.error_table(match.group(1)), markdown
+    )
+    return re.sub(
+        r"\{\{ card (\w+) \}\}",
+        lambda match: tables.card_page(regard.mechanisms[match.group(1)]),
+        markdown,
+    )

@@ -1,0 +1,14 @@
+"""The tables of the README are what the cards and the result files say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_tables_of_the_readme_are_up_to_date() -> None:
+    readme = runpy.run_path(str(DOCS / "readme.py"))
+    text = readme["README"].read_text()
+    assert readme["filled"](text) == text, "run: python docs/readme.py"
