@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the README run."""
+"""The examples in docstrings, in the README and in the documentation run."""
 
 from __future__ import annotations
 
@@ -29,24 +29,31 @@ def test_doctests(name: str) -> None:
     assert not runner.failures, "".join(said)
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of the README in one language."""
-    if not README.exists():
-        pytest.skip("there is no README yet")
-    return re.findall(rf"^```(?:{language})\n(.*?)^```", README.read_text(), re.M | re.S)
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python|py")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_of_the_pages(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    found = blocks("python|py")
-    assert found
     names: dict[str, object] = {"__name__": "__main__"}
-    for number, block in enumerate(found, 1):  # a block may use what an earlier one defined
-        exec(compile(block, f"README.md, python block {number}", "exec"), names)
+    for number, block in enumerate(blocks(page, "python|py"), 1):  # a block may use an earlier one
+        exec(compile(block, f"{page.name}, python block {number}", "exec"), names)
+
+
+def test_the_readme_has_examples() -> None:
+    assert README in WITH_PYTHON
 
 
 def test_commands_of_the_readme_exist() -> None:
-    lines = "".join(blocks("sh|bash|console|shell")).splitlines()
+    lines = "".join(blocks(README, "sh|bash|console|shell")).splitlines()
     used = {tuple(line.strip().removeprefix("$ ").split()[:2]) for line in lines if line}
     makefile = (ROOT / "Makefile").read_text()
     for program, target in (pair for pair in used if len(pair) == 2):
