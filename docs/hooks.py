@@ -64,8 +64,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(
         r"\{\{ errors ([\w-]+) \}\}", lambda match: _readme.error_table(match.group(1)), markdown
     )
-    return re.sub(
-        r"\{\{ card (\w+) \}\}",
-        lambda match: tables.card_page(regard.mechanisms[match.group(1)]),
-        markdown,
-    )
+    return re.sub(r"\{\{ card (\w+) \}\}", lambda match: _card(match.group(1)), markdown)
+
+
+def _card(name: str) -> str:
+    """What the card says, and the docstring of its op."""
+    card = regard.mechanisms[name]
+    return f"{tables.card_page(card)}\n\n::: {card.op.__module__}.{card.op.__name__}\n"
