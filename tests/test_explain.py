@@ -6,16 +6,25 @@ import pytest
 import torch
 
 import regard
+from regard.testing.calls import ARGUMENTS, sample
 
 
 def qkv(**changes):
     return [torch.randn(1, 2, 5, 8, **changes) for _ in range(3)]
 
 
+def arguments(card) -> dict[str, torch.Tensor]:
+    """q, k, v and the operands that the mechanism needs beside them."""
+    sizes = {"b": 1, "h": 2, "hk": 2, "t": 5, "s": 5, "d": 8, "dv": 8}
+    wanted = (*ARGUMENTS, *card.operands)
+    return dict(sample(wanted, sizes, torch.Generator().manual_seed(0)).to(torch.float32).tensors)
+
+
 @pytest.mark.parametrize("name", list(regard.mechanisms))
 def test_every_op_can_be_explained(name) -> None:
-    op = regard.mechanisms[name].op
-    told = regard.explain(op, *qkv())
+    card = regard.mechanisms[name]
+    op = card.op
+    told = regard.explain(op, **arguments(card))
     assert told.op == op.__name__
     assert told.impl == told.available[0]
     assert told.reasons[told.form] is None
@@ -26,16 +35,16 @@ def test_every_op_can_be_explained(name) -> None:
 
 @pytest.mark.parametrize("name", list(regard.mechanisms))
 def test_what_is_available_runs_and_what_is_not_raises(name) -> None:
-    op = regard.mechanisms[name].op
-    inputs = qkv()
-    available = regard.explain(op, *inputs).available
+    card = regard.mechanisms[name]
+    op, inputs = card.op, arguments(card)
+    available = regard.explain(op, **inputs).available
     for impl in ("reference", "eager", "native", "triton"):
         if impl in available:
-            assert regard.explain(op, *inputs, impl=impl).impl == impl
-            assert op(*inputs, impl=impl).shape == inputs[0].shape
+            assert regard.explain(op, **inputs, impl=impl).impl == impl
+            assert op(**inputs, impl=impl).shape == inputs["q"].shape
         else:
             with pytest.raises(ValueError, match=f"impl='{impl}' cannot serve"):
-                regard.explain(op, *inputs, impl=impl)
+                regard.explain(op, **inputs, impl=impl)
 
 
 def test_an_option_changes_the_form() -> None:

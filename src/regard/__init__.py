@@ -18,8 +18,9 @@ from regard.core.state import load_state
 from regard.explain import explain
 
 if TYPE_CHECKING:
-    from regard import bench, native, tasks, testing
+    from regard import bench, mixers, native, recipes, tasks, testing
     from regard.bench.compare import compare
+    from regard.torch_api import scaled_dot_product_attention
 
 try:
     __version__ = version("regard")
@@ -28,11 +29,15 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 mechanisms = Mechanisms("regard.ops")
 
-# Rooms that a call of an op does not need are imported when they are first named.
+# Rooms that a call of an op does not need are imported when they are first named: a module, or
+# `module:attribute`.
 _LAZY = {
     "bench": "regard.bench",
-    "compare": "regard.bench.compare",
+    "compare": "regard.bench.compare:compare",
+    "mixers": "regard.mixers",
     "native": "regard.native",
+    "recipes": "regard.recipes",
+    "scaled_dot_product_attention": "regard.torch_api:scaled_dot_product_attention",
     "tasks": "regard.tasks",
     "testing": "regard.testing",
 }
@@ -41,8 +46,9 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'regard' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    return module.compare if name == "compare" else module
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:
@@ -60,8 +66,11 @@ __all__ = [
     "explain",
     "load_state",
     "mechanisms",
+    "mixers",
     "native",
     "ops",
+    "recipes",
+    "scaled_dot_product_attention",
     "tasks",
     "testing",
 ]

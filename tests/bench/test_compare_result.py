@@ -53,7 +53,7 @@ def test_result_is_complete_and_plain() -> None:
     assert len(forecast["rows"]) == len(forecast["softmax"]) == len(forecast["truth"]) == 61
     errors = torch.tensor(forecast["softmax"]) - torch.tensor(forecast["truth"])
     assert float(errors.square().mean().sqrt()) == pytest.approx(result.rmse("softmax", 4), 1e-4)
-    assert {cost["name"] for cost in data["costs"]} == {SDPA, "softmax", "local_linear", "linear"}
+    assert {cost["name"] for cost in data["costs"]} >= {SDPA, "softmax", "local_linear", "linear"}
     for name in ("softmax", LAST_VALUE):
         score = result.entry(name).score(1)  # type: ignore[union-attr]
         assert score is not None

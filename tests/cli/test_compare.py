@@ -106,7 +106,14 @@ def test_interrupt_leaves_partial_json(folder: Path) -> None:
     command = [sys.executable, "-m", "regard", "compare", "co2", "--json", "out.json"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        command, cwd=folder, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that starts the suite in the background lets it inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     path = folder / "out.json"
     deadline = time.monotonic() + 60

@@ -141,7 +141,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     save_file({"k": torch.zeros(1)}, path, {"format": "regard.state/99", "kind": "KVCache"})
     refused("got regard.state/99")
     save_file({"k": torch.zeros(1)}, path, {"format": FORMAT, "kind": "Weights"})
-    refused("must hold one of KVCache, FixedState, got 'Weights'")
+    refused("must hold one of KVCache, FixedState, StateGroup, got 'Weights'")
     cache().save(path)
     path.write_bytes(path.read_bytes()[:-10])
     refused("is not a safetensors file")

@@ -16,7 +16,7 @@ FLOORS = (
     ("mixers", "tasks", "parallel"),
     ("models", "adapt", "lens"),
     ("steer",),
-    ("explain",),
+    ("explain", "torch_api"),
     ("",),  # the package itself, whose names the rooms above may use
     ("testing",),
     ("bench", "recipes", "sklearn"),

@@ -79,13 +79,19 @@ def keep_dtype(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return kept if moved.requires_grad else kept.detach()
 
 
+def state_kinds() -> dict[str, type[State]]:
+    """The states that a file may hold, by the name of their class."""
+    from regard.core.cache import KVCache
+    from regard.core.group import StateGroup
+
+    return {"KVCache": KVCache, "FixedState": FixedState, "StateGroup": StateGroup}
+
+
 def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> State:
     """Reads what `State.save` wrote; a file of anything else is refused with the reason."""
     from safetensors import SafetensorError, safe_open
 
-    from regard.core.cache import KVCache
-
-    kinds: dict[str, type[State]] = {"KVCache": KVCache, "FixedState": FixedState}
+    kinds = state_kinds()
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             header = file.metadata() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regard.tasks.in_context import InContextRegression
 from regard.tasks.piecewise import (
     PiecewiseRegression,
     RegressionScore,
@@ -10,12 +11,22 @@ from regard.tasks.piecewise import (
     normalised_error,
     strictly_causal,
 )
+from regard.tasks.recall import MQAR, official_draws
+from regard.tasks.task import Sample, Task
+from regard.tasks.tracking import GroupWord, SwapTracking
 
 __all__ = [
+    "MQAR",
+    "GroupWord",
+    "InContextRegression",
     "PiecewiseRegression",
     "RegressionScore",
+    "Sample",
     "Stream",
+    "SwapTracking",
+    "Task",
     "evaluate_test_time_regression",
     "normalised_error",
+    "official_draws",
     "strictly_causal",
 ]

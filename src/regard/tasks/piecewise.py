@@ -124,7 +124,7 @@ def normalised_error(prediction: Tensor, target: Tensor) -> float:
     >>> normalised_error(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 2.0]))
     0.2
     """
-    _check_prediction("prediction", prediction, target)
+    check_prediction("prediction", prediction, target)
     difference = prediction.double() - target.double()
     return float(difference.square().mean() / target.double().square().mean())
 
@@ -149,7 +149,7 @@ def evaluate_test_time_regression(
     for name, predict in predictors.items():
         with torch.no_grad():
             prediction = predict(x, y)
-        _check_prediction(f"predictors[{name!r}](x, y)", prediction, y)
+        check_prediction(f"predictors[{name!r}](x, y)", prediction, y)
         errors = (prediction.double() - y.double()).square().mean((0, 2)) / size
         by_position[name] = errors
     base = math.nan if baseline is None else float(by_position[baseline].sum())
@@ -169,7 +169,8 @@ def _in_segment(errors: Tensor, segment: int) -> Tensor:
     return later.view(-1, segment).mean(0)
 
 
-def _check_prediction(name: str, prediction: Any, target: Tensor) -> None:
+def check_prediction(name: str, prediction: Any, target: Tensor) -> None:
+    """`prediction` is a tensor of the target's shape."""
     if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
         got = list(prediction.shape) if isinstance(prediction, Tensor) else repr(prediction)
         raise ValueError(f"{name} must be a tensor {list(target.shape)}, got {got}")
