@@ -321,6 +321,11 @@ def test_scale_multiplies_the_numerator_and_cancels_in_the_mean():
         bare = linear_attention(q, k, v, causal=causal, normalise=False)
         out = linear_attention(q, k, v, causal=causal, normalise=False, scale=scale)
         assert relative_error(out, bare * scale[:, None, None]) < budget(torch.float64)
+        tenth = {"causal": causal, "normalise": False, "scale": 0.1}  # no number in float32
+        for impl in ("eager", "reference"):
+            out = linear_attention(q, k, v, **tenth, impl=impl)
+            assert relative_error(out, 0.1 * bare) < budget(torch.float64)
+    out = linear_attention(q, k, v, causal=True, normalise=False, scale=scale)
     (gradient,) = torch.autograd.grad(out.sum(), scale)
     assert relative_error(gradient, bare.sum((0, 2, 3))) < budget(torch.float64, "gradient")
 

@@ -1,7 +1,17 @@
 """Functions of (q, k, v): every mechanism is a folder, every folder has one card."""
 
+from regard.ops.delta import delta_attention
+from regard.ops.gated_delta import gated_delta_attention
 from regard.ops.linear import linear_attention
 from regard.ops.local_linear import local_linear_attention
+from regard.ops.mesa import mesa_attention
 from regard.ops.softmax import softmax_attention
 
-__all__ = ["linear_attention", "local_linear_attention", "softmax_attention"]
+__all__ = [
+    "delta_attention",
+    "gated_delta_attention",
+    "linear_attention",
+    "local_linear_attention",
+    "mesa_attention",
+    "softmax_attention",
+]

@@ -12,6 +12,7 @@ it writes; minus infinity forgets exactly, in value and gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ def read(q: Tensor, state: Tensor) -> Tensor:
     return (q.reshape(B, Hk, H // Hk * T, F) @ state).reshape(B, H, T, E)
 
 
+class Rule(NamedTuple):
+    """What differs between mechanisms with a state; `keys` are tensors with S on axis 2, or None.
+
+    encode(*keys, state) -> the state after all keys, from `state` or, for None, from nothing;
+    read(q, state) -> o, every query reading that state;
+    walk(q, *keys, state) -> o and state for as many queries as keys, or None: not causal.
+    """
+
+    encode: Callable[..., Tensor]
+    read: Callable[[Tensor, Tensor], Tensor]
+    walk: Callable[..., tuple[Tensor, Tensor]] | None
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -51,32 +65,39 @@ def attend(
     *,
     walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, H, T, E] and the state after all keys.
+    """Output [B, H, T, E] and the state after all keys, by the rule of this module.
 
-    With `walk` (a causal form) the queries are aligned with the last keys: keys before the
-    first query enter the state first, and queries before the first key read the state as it
-    came in. Without, every query reads the last state.
+    With `walk` (a causal form) the queries are aligned with the last keys. Without, every query
+    reads the last state.
     """
-    T, S = q.shape[2], k.shape[2]
-    if walk is None:
-        state = encode(k, v, log_decay, state)
-        return read(q, state), state
+    return follow(Rule(encode, read, walk), q, (k, v, log_decay), state)
+
+
+def follow(
+    rule: Rule, q: Tensor, keys: tuple[Tensor | None, ...], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output and the state after all keys, by any rule; `keys[0]` is a tensor.
+
+    With a walk the queries are aligned with the last keys: keys before the first query enter
+    the state first, and queries before the first key read the state as it came in.
+    """
+    assert keys[0] is not None
+    T, S = q.shape[2], keys[0].shape[2]
+    if rule.walk is None:
+        state = rule.encode(*keys, state)
+        return rule.read(q, state), state
     lead, together = max(0, T - S), min(T, S)
-    early, late = _split(S - together, k, v, log_decay)
-    if early[0].shape[2] or state is None or together == 0:
-        state = encode(*early, state)
-    rows = [read(q[:, :, :lead], state)] if lead else []
+    early = _cut(keys, slice(None, S - together))
+    if S - together or state is None or together == 0:
+        state = rule.encode(*early, state)
+    rows = [rule.read(q[:, :, :lead], state)] if lead else []
     if together:
-        out, state = walk(q[:, :, lead:], *late, state)
+        out, state = rule.walk(q[:, :, lead:], *_cut(keys, slice(S - together, None)), state)
         rows.append(out)
     if not rows:
-        return read(q, state), state
+        return rule.read(q, state), state
     return rows[0] if len(rows) == 1 else torch.cat(rows, 2), state
 
 
-def _split(
-    at: int, k: Tensor, v: Tensor, log_decay: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]:
-    decays = (None, None) if log_decay is None else (log_decay[..., :at], log_decay[..., at:])
-    early = (k[:, :, :at], v[:, :, :at], decays[0])
-    return early, (k[:, :, at:], v[:, :, at:], decays[1])
+def _cut(keys: tuple[Tensor | None, ...], tokens: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x[:, :, tokens] for x in keys)

@@ -33,7 +33,7 @@ def linear_attention_reference(
     keys = torch.where(real, _phi(torch.where(real, k, 0.0).to(dtype), feature_map), 0.0)
     values = torch.where(real, v, 0.0).to(dtype)
     queries = _phi(q.to(dtype), feature_map)
-    factor = torch.as_tensor(1.0 if scale is None else scale, device=q.device).to(dtype)
+    factor = torch.as_tensor(1.0 if scale is None else scale, dtype=dtype, device=q.device)
     factor = 0.0 * factor + 1.0 if normalise else factor  # cancels against the sum of weights
     decay = keys.new_ones(B, Hk, S) if log_decay is None else log_decay.to(dtype).exp()
     decay = torch.where(real[..., 0], decay, 1.0).expand(B, Hk, S)
