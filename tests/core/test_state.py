@@ -196,3 +196,17 @@ def test_written_files_have_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "other").write_bytes(b"1")
     assert (tmp_path / "one").stat().st_mode == (tmp_path / "other").stat().st_mode
     assert (tmp_path / "one").read_bytes() == b"1"
+
+
+def test_an_interrupt_right_after_the_rename_leaves_the_new_file(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replace_then_interrupt(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
