@@ -64,7 +64,7 @@ types: $(DEV)
 guards: $(DEV)
 	$(PYTEST) tests/guards $(PYTEST_OPTIONS)
 
-bench: $(BASE)
+bench: $(DEV)
 	@for script in $(wildcard benchmarks/*.py); do \
 		echo "== $$script"; $(ONE_THREAD) $(BIN)/python $$script; \
 	done

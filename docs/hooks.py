@@ -1,9 +1,9 @@
 """Fills the documentation from the cards, so that a page cannot say what the code does not.
 
 `{{ mechanisms }}`, `{{ laws }}`, `{{ exceptions }}` and `{{ budgets }}` become tables;
-`{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series and
-`{{ file README.md }}` a file of the repository. A mechanism without a hand-written page gets one
-made from its card.
+`{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series,
+`{{ speed DEVICE }}` the times measured on a device, `{{ file README.md }}` a file of the
+repository. A mechanism without a hand-written page gets one made from its card.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             markdown = markdown.replace(placeholder, make())
     markdown = re.sub(
         r"\{\{ errors ([\w-]+) \}\}", lambda match: _readme.error_table(match.group(1)), markdown
+    )
+    markdown = re.sub(
+        r"\{\{ speed (\w+) \}\}", lambda match: _readme.speed_table(match.group(1)), markdown
     )
     return re.sub(r"\{\{ card (\w+) \}\}", lambda match: _card(match.group(1)), markdown)
 

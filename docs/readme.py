@@ -47,5 +47,27 @@ def error_table(series: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed_table(device: str) -> str:
+    """Milliseconds and errors, forward and backward, of benchmarks/results/speed_DEVICE.json."""
+    content = (ROOT / f"benchmarks/results/speed_{device}.json").read_text()
+    rows: list[dict[str, Any]] = json.loads(content)["forward and backward"]["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    names = dict.fromkeys(row["name"] for row in rows)
+    lines = [
+        "| attention | " + " | ".join(f"T = {length}" for length in lengths) + " | error |",
+        "| --- |" + " --- |" * (len(lengths) + 1),
+    ]
+    for name in names:
+        found = {row["length"]: row for row in rows if row["name"] == name}
+        times = {n: row["seconds"] * 1e3 for n, row in found.items()}
+        cells = [
+            "" if n not in times else f"{times[n]:.0f}" if times[n] >= 100 else f"{times[n]:.3g}"
+            for n in lengths
+        ]
+        worst = max(row["error"] for row in found.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {worst:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     README.write_text(filled(README.read_text()))

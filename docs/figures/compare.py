@@ -9,7 +9,7 @@ import base64
 from pathlib import Path
 
 import regard
-from regard.bench.report.pictures import draw
+from regard.bench.compare.pictures import draw
 
 
 def main() -> None:

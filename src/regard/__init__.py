@@ -18,7 +18,7 @@ from regard.core.state import load_state
 from regard.explain import explain
 
 if TYPE_CHECKING:
-    from regard import bench, mixers, native, recipes, tasks, testing
+    from regard import bench, mixers, native, recipes, sklearn, tasks, testing
     from regard.bench.compare import compare
     from regard.torch_api import scaled_dot_product_attention
 
@@ -38,6 +38,7 @@ _LAZY = {
     "native": "regard.native",
     "recipes": "regard.recipes",
     "scaled_dot_product_attention": "regard.torch_api:scaled_dot_product_attention",
+    "sklearn": "regard.sklearn",
     "tasks": "regard.tasks",
     "testing": "regard.testing",
 }
@@ -71,6 +72,7 @@ __all__ = [
     "ops",
     "recipes",
     "scaled_dot_product_attention",
+    "sklearn",
     "tasks",
     "testing",
 ]

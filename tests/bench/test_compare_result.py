@@ -221,7 +221,7 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
 
 
 def test_report_of_an_interrupted_run() -> None:
-    from regard.bench.report import render
+    from regard.bench.compare.page import render
 
     made = Comparison(load_series("sunspots"), horizons=(1,), cost_lengths=(), threads=1)
     assert "Interrupted" in render(made.result)

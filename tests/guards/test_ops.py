@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 
@@ -48,12 +49,21 @@ def test_docstring_says_under(name: str, heading: str) -> None:
     assert re.search(HEADINGS[heading], found[heading]), f"{name}, {heading}: {found[heading]}"
 
 
-def test_exactly_the_op_of_every_folder_with_a_card_is_exported() -> None:
+def test_the_op_of_every_folder_with_a_card_is_exported() -> None:
+    """And what a folder has beside it only under its own name: an alias, a look inside."""
     folders = [path.parent.name for path in (PACKAGE / "ops").glob("*/card.py")]
     ops = {name: regard.mechanisms[name].op for name in folders}
-    assert sorted(op.__name__ for op in ops.values()) == OPS
+    assert {op.__name__ for op in ops.values()} <= set(OPS)
     for op in ops.values():
         assert getattr(regard.ops, op.__name__) is op
+    for name in OPS:
+        function = getattr(regard.ops, name)
+        home = function.__module__.removeprefix("regard.ops.").split(".")[0]
+        assert function.__name__ == name
+        assert home in folders
+        public = importlib.import_module(f"regard.ops.{home}")
+        assert name in getattr(public, "__all__", [name])
+        assert getattr(public, name) is function
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 import regard
 from regard.core.budgets import relative_error
 from regard.core.cache import KVCache
-from regard.ops.local_linear import LocalLinearAux, local_linear_attention, tiles
+from regard.ops.local_linear import LocalLinearAux, gemm, local_linear_attention, tiles
+from regard.ops.local_linear.solve import Solver
 
 INF = float("inf")
 
@@ -42,7 +43,13 @@ def tensors(
 
 @pytest.mark.parametrize("junk", [1e4, -1e30, 1e38])
 @pytest.mark.parametrize("window", [None, (5, 2)])
-def test_future_keys_change_not_one_bit(junk: float, window: tuple[int, int] | None):
+@pytest.mark.parametrize("solver", ["direct", "cg"])
+@pytest.mark.parametrize("least", [1 << 10, 1 << 60])  # by oneDNN where it can, by torch
+def test_future_keys_change_not_one_bit(
+    junk: float, window: tuple[int, int] | None, solver: str, least: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(gemm, "LEAST", least)
     n, cut = 150, 100
     causal = window is None
     reach = 0 if causal else 2
@@ -58,6 +65,7 @@ def test_future_keys_change_not_one_bit(junk: float, window: tuple[int, int] | N
             bias[:, :, cut:] = 1e4
         leaves = [x.requires_grad_() for x in (q, k, v, bias, decay)]
         options = {"causal": True, "log_decay": decay} if causal else {"window": window}
+        options["solver"] = solver
         out = local_linear_attention(q, k, v, key_bias=bias, ridge=0.1, **options)
         used = leaves if causal else leaves[:4]
         grads = torch.autograd.grad(out[:, :, rows].sin().sum(), used)
@@ -68,7 +76,11 @@ def test_future_keys_change_not_one_bit(junk: float, window: tuple[int, int] | N
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_contents_of_masked_keys_are_never_read(causal: bool):
+@pytest.mark.parametrize("least", [1 << 10, 1 << 60])  # by oneDNN where it can, by torch
+def test_contents_of_masked_keys_are_never_read(
+    causal: bool, least: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gemm, "LEAST", least)
     mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[0, :5] = False
     mask[1, -5:] = False
@@ -116,7 +128,7 @@ small = [t[:, :, :64] for t in x]
 local_linear_attention(*small, causal=True).sum().backward() if {backward} else \
     local_linear_attention(*small, causal=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = local_linear_attention(*x, causal=True, max_iters=2)
+out = local_linear_attention(*x, causal=True, tol=0, max_iters=2)
 if {backward}:
     out.sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -144,7 +156,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_queries_by_keys(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("direct", [False, True])
+def test_no_tensor_of_queries_by_keys(direct: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiles, "PANEL", 1 << 15)
     n = 600
     q, k, v = (x.requires_grad_() for x in tensors(B=1, T=n, S=n, D=8, dtype=torch.float32))
@@ -155,10 +168,11 @@ def test_no_tensor_of_queries_by_keys(monkeypatch: pytest.MonkeyPatch):
         ridge, scale = torch.ones(1, 1, 1), torch.ones(1, 1)
         call = inputs(q, k, v, ridge, scale, None, None, None, True, (-1, -1), False)
         with torch.no_grad():
-            found = blockwise.forward(call, 1e-4, 24, 0)
-            wanted = backward.Wanted(*[True] * 5, False, False)
+            solver = Solver(direct, 1e-4, 24)
+            found = blockwise.forward(call, solver, 0)
+            wanted = backward.Wanted(*[True] * 5, *[False] * 4)
             backward.backward(
-                call, torch.ones_like(found.out), found.slope, found.lse, wanted, 1e-6, 24, 0
+                call, torch.ones_like(found.out), found.slope, found.lse, wanted, solver, 0
             )
     assert seen.elements < n * n / 4
 
@@ -299,6 +313,7 @@ def test_explain_runs_nothing():
         ({"ridge": 0.0}, "ridge must be a finite number above 0.0, got 0.0"),
         ({"ridge": torch.ones(3)}, r"ridge must be of shape \[4\], got float32 Tensor\[3\]"),
         ({"ridge": torch.ones(2, 3, 9)}, r"ridge must be of shape \[2, 1 or 2 or 4, 9\]"),
+        ({"solver": "cgg"}, "solver must be one of 'auto', 'direct', 'cg', got 'cgg'"),
         ({"ridge_mode": "relativ"}, "did you mean 'relative'?"),
         ({"tol": -1.0}, "tol must be a finite number of at least 0"),
         ({"tol": "small"}, "tol must be a number of at least 0"),
@@ -338,3 +353,31 @@ def test_vmap_equals_a_loop(axis: int):
     wanted = torch.autograd.grad(torch.stack(parts).sin().sum(), leaves)
     for a, b in zip(found, wanted, strict=True):
         assert relative_error(a, b) < 1e-12
+
+
+# -- the two products ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["direct", "cg"])
+@pytest.mark.parametrize("D", [16, 40])
+def test_onednn_products_equal_torchs(D: int, solver: str, monkeypatch: pytest.MonkeyPatch):
+    """Where the machine has them; elsewhere the two calls are the same."""
+    q, k, v = tensors(B=1, H=2, Hk=2, T=700, S=700, D=D, Dv=24, dtype=torch.float32)
+    assert gemm.serves(q, q.dtype, 128, 700) == gemm.available()
+    assert not gemm.serves(q, torch.float64, 128, 700)
+    results = []
+    for least in (1 << 10, 1 << 60):
+        monkeypatch.setattr(gemm, "LEAST", least)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = local_linear_attention(*leaves, causal=True, solver=solver, tol=1e-6)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other) < 2e-5
+        assert torch.equal(one, other) != gemm.available()
+
+
+def test_one_head_alone_has_the_bits_it_has_among_others():
+    q, k, v = tensors(B=2, H=4, Hk=2, T=600, S=600, D=16, dtype=torch.float32)
+    whole = local_linear_attention(q, k, v, causal=True)
+    one = local_linear_attention(q[1:, 2:], k[1:, 1:], v[1:, 1:], causal=True)
+    assert torch.equal(one, whole[1:, 2:])

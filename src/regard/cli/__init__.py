@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import regard
-from regard.cli import compare, info
+from regard.cli import bench, compare, info
 from regard.cli.list import list_mechanisms
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def _options(
     """Attention you can trust, compare and swap."""
 
 
+app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("list")(list_mechanisms)
 app.command("info")(info.info)

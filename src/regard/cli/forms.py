@@ -56,10 +56,10 @@ def _ask(card: Card, device: str, causal: bool) -> Forms:
         options[operand.name] = value.long() if operand.domain == "index" else value
     if card.accepts("causal"):
         options["causal"] = causal
-    q, k, v = tensor("b h t d"), tensor("b hk s d"), tensor("b hk s dv")
+    qkv = {"q": tensor("b h t d"), "k": tensor("b hk s d"), "v": tensor("b hk s dv")}
     try:
         with torch.no_grad():
-            explanation = explain(card.op, q, k, v, **options)
+            explanation = explain(card.op, **qkv, **options)
     except (TypeError, ValueError, NotImplementedError) as error:
         return Forms(None, {}, str(error))
     return Forms(explanation.form, explanation.reasons)

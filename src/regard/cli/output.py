@@ -20,6 +20,18 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def echo(lines: Sequence[str]) -> None:
+    """Sentences, wrapped between words where somebody looks."""
+    if not on_terminal():
+        for line in lines:
+            typer.echo(line)
+        return
+    from rich.console import Console
+
+    for line in lines:
+        Console(highlight=False, markup=False).print(line)
+
+
 def print_heading(text: str) -> None:
     """A line above a table or a paragraph."""
     if on_terminal():

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from regard.bench.compare.regressor import arguments
+from regard.bench.measure.clock import Stopwatch
+from regard.bench.measure.memory import peak, resident
 from regard.tasks.series import lag_windows
 
-REPEATS = 5
 SDPA = "torch SDPA"
 
 
@@ -49,48 +48,6 @@ def make_call(description: dict[str, Any], length: int) -> Callable[[], Any]:
     return lambda: card.op(keys, keys, values, **named)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """The least processor time of a few calls."""
-    call()
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def resident() -> int | None:
-    """Bytes of memory this process holds now."""
-    return _status("VmRSS")
-
-
-def peak() -> int | None:
-    """The most bytes this process ever held.
-
-    Linux keeps the figure of `getrusage` across exec, so that it starts at the parent's size:
-    its own account of the address space is read instead.
-    """
-    high = _status("VmHWM")
-    if high is not None:
-        return high
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
-    return int(found[0]) * 1024 if found else None
-
-
 def measure(description: dict[str, Any]) -> dict[str, Any]:
     """What `cost.Cost` holds, per length from the shortest to the longest."""
     torch.set_num_threads(description["threads"])
@@ -105,12 +62,19 @@ def measure(description: dict[str, Any]) -> dict[str, Any]:
         call()
         after = peak()
         memory.append(None if before is None or after is None else max(0, after - before))
-    times = [seconds(make_call(description, length)) for length in lengths]
+    watch = Stopwatch()
+
+    def seconds(mechanism: dict[str, Any], length: int) -> float:
+        call = make_call(mechanism, length)
+        call()
+        return watch.sample(call).seconds
+
+    times = [seconds(description, length) for length in lengths]
     plain = {**description, "mechanism": SDPA}
     return {
         "lengths": lengths,
         "seconds": times,
-        "sdpa_seconds": [seconds(make_call(plain, length)) for length in lengths],
+        "sdpa_seconds": [seconds(plain, length) for length in lengths],
         "peak_bytes": memory,
     }
 

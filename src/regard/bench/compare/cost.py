@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from regard.bench.compare.child import SDPA
 from regard.bench.compare.tuning import Choice
+from regard.bench.measure.process import stream
 from regard.tasks.series import Lagged
 
 LENGTHS = (512, 1024, 2048)
@@ -60,21 +57,8 @@ def measure_cost(
         "threads": threads,
         "seed": seed,
     }
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    command = [sys.executable, "-W", "ignore", "-m", "regard.bench.compare.child"]
-    done = subprocess.run(
-        command,
-        input=json.dumps(description),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"the measuring process failed: {last}")
-    found = {key: tuple(value) for key, value in json.loads(done.stdout).items()}
+    (answer,) = stream("regard.bench.compare.child", description, TIMEOUT)
+    found = {key: tuple(value) for key, value in answer.items()}
     return Cost(name, **found)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regard.bench.compare.cost import SDPA
 from regard.bench.compare.result import LLA, RIDGE, Entry, Result
-from regard.bench.compare.tables import number
+from regard.bench.report.words import number
 
 NOISE = 2.0
 

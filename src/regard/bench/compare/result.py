@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.bench.compare.cost import Cost
+from regard.bench.measure.plain import as_json
 from regard.core.state import write_atomically
 
 FORMAT = "regard.compare/1"
@@ -160,7 +159,7 @@ class Result:
 
     def to_json(self) -> str:
         """Valid JSON at any moment; numbers that are not finite become null."""
-        return json.dumps(_finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+        return as_json(self.to_dict())
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json()`, whole or not at all."""
@@ -168,7 +167,7 @@ class Result:
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Writes a self-contained HTML page with pictures, whole or not at all."""
-        from regard.bench.report import render
+        from regard.bench.compare.page import render
 
         write_atomically(Path(path), render(self).encode())
 
@@ -176,13 +175,3 @@ class Result:
         from regard.bench.compare.tables import as_text
 
         return as_text(self)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -90,8 +90,8 @@ def gated_delta_attention(
     Raises: ValueError, TypeError for arguments that do not fit.
 
     >>> import torch
-    >>> k = torch.eye(2)[[0, 1, 0]][None, None]  # the third key is the first one again
-    >>> v = torch.tensor([[1.0], [2.0], [5.0]])[None, None]
+    >>> k = torch.eye(2)[[0, 1, 0]].view(1, 1, 3, 2)  # the third key is the first one again
+    >>> v = torch.tensor([1.0, 2.0, 5.0]).view(1, 1, 3, 1)
     >>> beta, half = torch.full((1, 1, 3), 0.5), torch.full((1, 1, 3), 0.5).log()
     >>> gated_delta_attention(
     ...     k, k, v, beta=beta, log_decay=half, causal=True, scale=1.0).flatten()

@@ -12,10 +12,12 @@ from regard.core.cache import KVCache
 from regard.core.precision import cast_for_autocast
 from regard.ops.local_linear import forms
 from regard.ops.local_linear.analysis import local_linear_slope, local_linear_weights
+from regard.ops.local_linear.flash import flash_lla
 from regard.ops.local_linear.forms import LocalLinearAux
 
 __all__ = [
     "LocalLinearAux",
+    "flash_lla",
     "local_linear_attention",
     "local_linear_slope",
     "local_linear_weights",
@@ -31,12 +33,16 @@ def local_linear_attention(
     ridge: float | Float[Tensor, " h"] | Float[Tensor, "b heads t"] = 1.0,
     ridge_mode: Literal["relative", "absolute"] = "relative",
     scale: float | Float[Tensor, " h"] | None = None,
+    kernel: Literal["dot", "gaussian"] = "dot",
     key_mask: Bool[Tensor, "b s"] | None = None,
     key_bias: Float[Tensor, "b heads s"] | None = None,
     log_decay: Float[Tensor, "b heads s"] | None = None,
+    intercept: bool = True,
+    covariance_block: int | None = None,
     window: tuple[int, int] | None = None,
     cu_seqlens: Int[Tensor, " sequences+1"] | None = None,
     cu_seqlens_k: Int[Tensor, " sequences+1"] | None = None,
+    solver: Literal["auto", "direct", "cg"] = "auto",
     tol: float | None = None,
     tol_backward: float | None = None,
     max_iters: int | None = None,
@@ -44,6 +50,7 @@ def local_linear_attention(
     state: KVCache | None = None,
     return_state: bool = False,
     return_aux: bool = False,
+    grad: Literal["exact", "official"] = "exact",
     impl: str = "auto",
 ) -> Any:
     """Attention as local regression: fits v ~ b + W (k - q) around each query and returns b.
@@ -71,22 +78,41 @@ def local_linear_attention(
             "absolute": to that of the weights exp(s), so that it counts less where there is
             more evidence: lambda_i = lambda exp(-lse_i).
         scale: None is D ** -0.5; a number or one per head [H], differentiable.
+        kernel: "dot": scores scale q . k. "gaussian": -scale |q - k|^2 / 2, so that scale is
+            1 / bandwidth^2; an absolute ridge is then added to the covariance of the weights
+            exp(-scale |q - k|^2 / 2), which are at most 1.
         key_mask: True = real key. Masked keys count for nothing, whatever they contain.
         key_bias: added to the scores of a key.
         log_decay: <= 0; key j is seen by query i with the extra score
             sum_{l=j+1..i} log_decay_l; -inf forgets everything before. Without `causal`
             every query stands at the last key.
+        intercept: False fits v ~ W k through the origin and returns W q: kbar is 0 above, q
+            takes the place of q - kbar, and the weights are p_j (W's part only). With
+            scale = 0, an absolute ridge and a decay this is MesaNet.
+        covariance_block: keep only diagonal blocks of this size of the second moment around
+            q, as the authors' option of that name does; see Limits.
         window: (left, right) keys seen beside the query's own position; -1 is unbounded.
         cu_seqlens, cu_seqlens_k: boundaries of packed sequences, int32 with B = 1.
-        tol: relative residual at which a query's solve stops. None: 1e-12 for float64, 1e-4
-            for float32, 1e-2 for bfloat16 and float16 inputs. With 0 every query makes
-            `max_iters` iterations and nothing is synchronised.
+        solver: "direct" builds every query's covariance and factors it: T S D^2 work, any
+            ridge. "cg" makes conjugate gradient steps: T S D work each, more of them the
+            smaller the ridge. "auto" takes "direct" up to a ridge that depends on the head
+            size: in float32 3 up to D = 16, 0.1 to 32, 0.003 to 64, 0.001 to 128 (a tensor
+            counts as 1, an absolute ridge as a thousandth of itself), in float64 more often, with
+            16-bit inputs less. For up to 4 rows (T x group: decoding) it takes "direct" up to
+            S D = 2^17 (2^18 where the ridge would) and "cg" beyond. It looks at metadata and
+            that number only.
+        tol: relative residual at which a query's iterations stop. None: 1e-12 for float64, 1e-4
+            for float32, 3e-4 for float16 and 2e-3 for bfloat16 inputs, whose rounding then is
+            most of the error. With 0 every query makes
+            `max_iters` iterations, nothing is solved again and nothing is synchronised.
         tol_backward: the same for the solves of the backward. None: tol / 100.
-        max_iters: iterations at most. None: 2 D + 8.
+        max_iters: iterations at most, before a query is solved directly. None: 2 D + 8.
         block_size: queries per tile; changes results by rounding only.
         state, return_state: continue from, and return, a `KVCache`; operands of the call
             describe its new keys only.
         return_aux: also return a `LocalLinearAux`.
+        grad: "official" leaves a term out of the gradient, as the authors' backward does: it
+            holds lambda times the normaliser of the weights constant.
         impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice).
 
     Returns:
@@ -94,17 +120,21 @@ def local_linear_attention(
         return_aux: (out, state), (out, aux) or (out, state, aux).
 
     Precision:
-        Computes in float32 for 16-bit inputs, in float64 for float64. At the default tolerance
-        float32 outputs are within about 5e-5 of float64; with tol=1e-6 within about 1e-6 on
-        well-conditioned keys. Keys are centred first, so a common offset of the keys costs
-        nothing; keys of large norm with a small ridge do (1e-3 at worst, norm 10, ridge 0.1).
-        Each row is solved on its own: results do not depend on the rest of the batch.
+        Computes in float32 for 16-bit inputs (error at most 1.3 times that of rounding them,
+        measured for ridges from 0.1), in float64 for float64. At the default tolerance
+        float32 outputs are within about 5e-5 of float64 with "cg", 1e-6 to 1e-5 with "direct",
+        which refines its solution once. Keys are centred first, so a common offset of the keys
+        costs nothing; scores of several hundred do (1e-3 at worst, keys of norm 10, ridge 0.1).
+        A query that is not solved (tol not reached, a pivot below half the ridge, or a g so
+        large that float32 rounding would reach 1e-3 of a weight) is solved again in float64.
+        Each query decides on its own: results do not depend on the rest of the batch.
 
     Cost:
-        Two products of size T x S x D per iteration, about 5 iterations at ridge 10, 8 at 1
-        and D / 4 at 0.1. Memory O((T + S) D): the weights of one block of queries are held,
-        no T x S tensor. The backward recomputes them, refines g and makes a second solve: about
-        twice the forward.
+        "direct": O(T S D^2). "cg": two products of size T x S x D per iteration, about 5
+        iterations at ridge 10, 8 at 1 and D / 4 at 0.1. Memory O((T + S) D): the weights of one
+        block of queries are held, no T x S tensor. On CPUs with AVX-512 float32 products go to
+        oneDNN, at about half the time. The backward recomputes them, refines g and
+        makes a second solve: about twice the forward.
 
     Source:
         Zuo et al., "Local Linear Attention: An Optimal Interpolation of Linear and Softmax
@@ -114,12 +144,14 @@ def local_linear_attention(
         ridge constant and differs by about 10%.
 
     Limits:
+        With covariance_block below D the weights are divided by 1 - m . rho, which is positive
+        only for one block: outputs near its zeros are arbitrarily large. It needs the direct
+        solver, an intercept and exact gradients.
         Differentiable once (impl="reference": any number of times); torch.vmap works,
         torch.func.grad does not. Aux carries no gradients.
-        An absolute ridge vanishes as exp(-lse): with sharp scores (lse above 10 or so) the fit
-        is singular to float32's precision and its outputs are noise: use float64. A query
-        whose solve breaks down, or that is more than 1e19 away from its keys in float32, gets
-        the local average; `aux.residual` of 1 shows it.
+        An absolute ridge vanishes as exp(-lse): where the fit is singular even to float64 (lse
+        above 30 or so with fewer keys than D in sight) the query gets the local average;
+        `aux.residual` of 1 shows it.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or domain.
@@ -143,14 +175,17 @@ def local_linear_attention(
         if value is not None:
             checks.check_number(op, name, value, least=0.0)
     checks.check_state(op, state, KVCache)
-    tolerance = forms.TOLERANCE[q.dtype] if tol is None else tol
+    tol = forms.TOLERANCE[q.dtype] if tol is None else tol
+    tol_backward = forms.backward_tolerance(tol) if tol_backward is None else tol_backward
     call = forms.Call(
         q, k, v, causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window,
-        tolerance, forms.backward_tolerance(tolerance) if tol_backward is None else tol_backward,
+        tol, tol_backward, solver, kernel, intercept, covariance_block, grad,
         max_iters or 0, block_size or 0, state is not None or return_state,
     )
     forms.check(op, sizes, call)
-    answer, after = forms.attend(call, sizes, cu_seqlens, cu_seqlens_k, state, return_state, impl)
+    answer, after = forms.attend(
+        op, forms.FORMS, call, sizes, cu_seqlens, cu_seqlens_k, state, return_state, impl
+    )
     out, *aux = answer
     results: list[Any] = [out]
     if return_state:

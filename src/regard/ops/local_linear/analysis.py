@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regard.core import checks
-from regard.core.decay import DecaySums
+from regard.core.precision import compute_dtype
 from regard.ops.local_linear import forms
-from regard.ops.local_linear.blockwise import Fit, fit, signed
-from regard.ops.local_linear.tiles import PANEL, Block, Heads, Inputs, Workspace, walk
+from regard.ops.local_linear.blockwise import Fit, fits, signed
+from regard.ops.local_linear.kernel import as_dot
+from regard.ops.local_linear.layout import Block, Inputs
+from regard.ops.local_linear.registered import inputs_of
+from regard.ops.local_linear.solve import Solver
+from regard.ops.local_linear.tiles import PANEL, Heads
 
 
 def local_linear_weights(
@@ -24,21 +28,49 @@ def local_linear_weights(
     ridge: float | Tensor = 1.0,
     ridge_mode: Literal["relative", "absolute"] = "relative",
     scale: float | Tensor | None = None,
+    kernel: Literal["dot", "gaussian"] = "dot",
     key_mask: Bool[Tensor, "b s"] | None = None,
     key_bias: Float[Tensor, "b heads s"] | None = None,
     log_decay: Float[Tensor, "b heads s"] | None = None,
+    intercept: bool = True,
+    covariance_block: int | None = None,
     window: tuple[int, int] | None = None,
+    solver: Literal["auto", "direct", "cg"] = "auto",
     tol: float | None = None,
     max_iters: int | None = None,
 ) -> Float[Tensor, "b h t s"]:
-    """The signed weights p_j (1 - g . (k_j - kbar)) with which local linear attention sums v.
+    """The signed weights with which local linear attention sums the values.
 
-    out = weights @ v. Rows sum to 1 (to 0 where no key is seen), however few iterations the
-    solver made; single weights may be negative or above 1. Arguments as for
-    `local_linear_attention`, which also says what the symbols are and where they come from.
+    With the symbols of `local_linear_attention`,
 
-    Precision: computed in float32 (float64 for float64 inputs), returned in that dtype.
-    Cost: that of the attention, and T x S memory for the result. No gradients.
+        weights_ij = p_ij (1 - g_i . (k_j - kbar_i)),    out = weights @ v.
+
+    Rows sum to 1 (to 0 where no key is seen), however few iterations the solver made; single
+    weights may be negative or above 1, which is how the fit extrapolates. Without an intercept
+    they are -p_ij g_i . k_j and sum to anything.
+
+    Arguments:
+        q: queries [B, H, T, D].
+        k: keys [B, Hk, S, D].
+        Others: as for `local_linear_attention`.
+
+    Returns:
+        [B, H, T, S] in float32, or float64 for float64 inputs.
+
+    Precision:
+        That of the attention: float32 or float64 arithmetic, the solver's tolerance.
+
+    Cost:
+        That of the attention, and O(T S) memory for the result.
+
+    Source:
+        Zuo et al. 2025, arXiv 2510.01450, in the centred form.
+
+    Limits:
+        No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or domain.
 
     >>> import torch
     >>> x = torch.randn(1, 1, 5, 3)
@@ -46,18 +78,24 @@ def local_linear_weights(
     >>> weights.shape, torch.allclose(weights.sum(-1), torch.ones(5))
     (torch.Size([1, 1, 5, 5]), True)
     """
+    op = "local_linear_weights"
+    checks.check_qkv(op, q, k, k)
     call = _call(
-        "local_linear_weights", q, k, k, causal, ridge, ridge_mode, scale, key_mask, key_bias,
-        log_decay, window, tol, max_iters,
+        op, q, k, k, tol, causal=causal, ridge=ridge, ridge_mode=ridge_mode, scale=scale,
+        kernel=kernel, key_mask=key_mask, key_bias=key_bias, log_decay=log_decay,
+        intercept=intercept, covariance_block=covariance_block, window=window, solver=solver,
+        max_iters=max_iters,
     )
     with torch.no_grad():
         inputs = _inputs(call)
         B, H, T, D = q.shape
         weights = torch.zeros(B, H, T, k.shape[2], dtype=inputs.dtype, device=q.device)
-        for heads, block, found in _fits(inputs, call.tol, call.max_iters or 2 * D + 8):
+        how = Solver(forms.takes_direct(call), call.tol, call.max_iters or 2 * D + 8)
+        for heads, block, found, only in fits(inputs, how, 0):
             for c0, c1 in block.tiles():
                 target = weights[..., block.low + c0 : block.low + c1]
-                heads.put(target, block, signed(heads, block, found, c0, c1) * found.inverse)
+                tile = signed(heads, block, found, c0, c1) * found.inverse
+                heads.put(target, block, tile, only)
     return weights
 
 
@@ -70,20 +108,44 @@ def local_linear_slope(
     ridge: float | Tensor = 1.0,
     ridge_mode: Literal["relative", "absolute"] = "relative",
     scale: float | Tensor | None = None,
+    kernel: Literal["dot", "gaussian"] = "dot",
     key_mask: Bool[Tensor, "b s"] | None = None,
     key_bias: Float[Tensor, "b heads s"] | None = None,
     log_decay: Float[Tensor, "b heads s"] | None = None,
+    intercept: bool = True,
     window: tuple[int, int] | None = None,
 ) -> Float[Tensor, "b h t dv d"]:
-    """The slope W of the affine map that local linear attention fits around each query.
+    """The slope of the affine map that local linear attention fits around each query.
 
-    W_i = Cov_p(v, k) (Cov_p(k, k) + lambda I)^-1, so that out_i = vbar_i + W_i (q_i - kbar_i)
-    and d out / d(position of the query at fixed weights) = W_i. Arguments as for
-    `local_linear_attention`, which also says where the symbols come from. A query that sees no
-    key, or one key only, has slope 0.
+    With p = softmax of the scores, and averages and covariances under it,
 
-    Precision: computed in float64 by a direct solve; returned in float32 (float64 for float64
-    inputs). Cost: O(T S D (D + Dv) + T D^3); memory O(T D Dv) for the result. No gradients.
+        W_i = Cov_p(v, k) (Cov_p(k, k) + lambda I)^-1,    out_i = vbar_i + W_i (q_i - kbar_i).
+
+    It is the derivative of the output along the query with the weights held fixed: what a value
+    gains per unit of key, near this query. A query that sees no key, or one key only, has slope
+    0. Without an intercept second moments take the place of covariances and out_i = W_i q_i.
+
+    Arguments:
+        q, k, v: queries [B, H, T, D], keys [B, Hk, S, D], values [B, Hk, S, Dv].
+        Others: as for `local_linear_attention`.
+
+    Returns:
+        [B, H, T, Dv, D] in float32, or float64 for float64 inputs.
+
+    Precision:
+        Computed in float64 by a direct solve.
+
+    Cost:
+        O(T S D (D + Dv) + T D^3); memory O(T D Dv) for the result.
+
+    Source:
+        Zuo et al. 2025, arXiv 2510.01450; the closed form of the fit's matrix.
+
+    Limits:
+        No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or domain.
 
     >>> import torch
     >>> k = torch.randn(1, 1, 50, 2)
@@ -91,16 +153,21 @@ def local_linear_slope(
     >>> local_linear_slope(k[:, :, :1], k, v, ridge=1e-9)[0, 0, 0].round(decimals=4)
     tensor([[ 1., -2.]])
     """
+    op = "local_linear_slope"
+    checks.check_qkv(op, q, k, v)
     call = _call(
-        "local_linear_slope", q, k, v, causal, ridge, ridge_mode, scale, key_mask, key_bias,
-        log_decay, window, None, None,
+        op, q, k, v, None, causal=causal, ridge=ridge, ridge_mode=ridge_mode, scale=scale,
+        kernel=kernel, key_mask=key_mask, key_bias=key_bias, log_decay=log_decay,
+        intercept=intercept, window=window,
     )
     with torch.no_grad():
-        inputs = _inputs(call, torch.float64)
+        q64, k64, v64 = (x.detach().double() for x in (q, k, v))
+        inputs = _inputs(replace(call, q=q64, k=k64, v=v64))
         B, H, T, D = q.shape
-        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+        kind = compute_dtype(q.dtype)
         slope = torch.zeros(B, H, T, v.shape[3] * D, dtype=kind, device=q.device)
-        for heads, block, found in _fits(inputs, 1.0, 1):  # only its weights are used
+        one_step = Solver(False, 0.0, 1)  # only the weights of its fits are used
+        for heads, block, found, _ in fits(inputs, one_step, 0):
             heads.put(slope, block, _slope(heads, block, found).flatten(2))
     return slope.unflatten(3, (v.shape[3], D))
 
@@ -121,57 +188,28 @@ def _slope(heads: Heads, block: Block, found: Fit) -> Tensor:
         covariance.baddbmm_(w, (keys[..., :, None] * keys[..., None, :]).flatten(2))
         mixed.baddbmm_(w, (values[..., :, None] * keys[..., None, :]).flatten(2))
         value.baddbmm_(w, values)
+    # Without an intercept the mean is 0 and nothing is taken off.
     matrix = covariance.view(n, M, D, D) - found.mean[..., :, None] * found.mean[..., None, :]
     matrix.diagonal(dim1=-2, dim2=-1).add_(found.ridge)
     mixed = mixed.view(n, M, Dv, D) - value[..., :, None] * found.mean[..., None, :]
     return torch.linalg.solve(matrix, mixed.mT).mT
 
 
-def _fits(inputs: Inputs, tol: float, limit: int) -> Iterator[tuple[Heads, Block, Fit]]:
-    if inputs.q.numel() == 0 or inputs.k.shape[2] == 0:
-        return
-    space = Workspace(inputs.q, inputs.dtype)
-    for heads, block in walk(inputs, 0, space):
-        yield heads, block, fit(inputs, heads, block, tol, limit)
-
-
 def _call(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    ridge: float | Tensor,
-    ridge_mode: str,
-    scale: float | Tensor | None,
-    key_mask: Tensor | None,
-    key_bias: Tensor | None,
-    log_decay: Tensor | None,
-    window: tuple[int, int] | None,
-    tol: float | None,
-    max_iters: int | None,
+    op: str, q: Tensor, k: Tensor, v: Tensor, tol: float | None, **arguments: Any
 ) -> forms.Call:
-    sizes = checks.check_qkv(op, q, k, v)
+    """The checked call of these arguments of `local_linear_attention`."""
     if tol is not None:
         checks.check_number(op, "tol", tol, least=0.0)
-    if max_iters is not None:
-        checks.check_integer(op, "max_iters", max_iters)
-    tolerance = forms.TOLERANCE[q.dtype] if tol is None else tol
-    call = forms.Call(
-        q, k, v, causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window,
-        tolerance, tolerance, max_iters or 0, 0, False,
-    )
-    forms.check(op, sizes, call)
+    if arguments.get("max_iters") is not None:
+        checks.check_integer(op, "max_iters", arguments["max_iters"])
+    arguments["max_iters"] = arguments.get("max_iters") or 0
+    tol = forms.TOLERANCE[q.dtype] if tol is None else tol
+    call = forms.Call(q, k, v, tol=tol, tol_backward=tol, **arguments)
+    forms.check(op, checks.check_qkv(op, q, k, v), call)
     return call
 
 
-def _inputs(call: forms.Call, dtype: torch.dtype | None = None) -> Inputs:
-    q, k, v, ridge, scale, key_mask, key_bias, sums, first = forms.operands(call)
-    if dtype is not None:
-        q, k, v, ridge, scale = (x.to(dtype) for x in (q, k, v, ridge, scale))
-    decay = None if sums is None else DecaySums(sums, first)
-    window = call.window if call.window is not None else (-1, -1)
-    absolute = call.ridge_mode == "absolute"
-    return Inputs(
-        q, k, v, ridge, scale, key_mask, key_bias, decay, call.causal, window, absolute
-    )
+def _inputs(call: forms.Call) -> Inputs:
+    dot = as_dot(call) if call.kernel == "gaussian" else call
+    return inputs_of(forms.operands(dot), forms.options(call))

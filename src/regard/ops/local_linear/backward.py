@@ -12,19 +12,26 @@ u = (C + lambda I)^-1 sum_j p_j gamma_j k_j,  a_j = g . (k_j - kbar),  b_j = u .
     dv_j = sum_i p_ij (1 - a_ij) e_i
     dlambda = g . u      dscale = sum_ij dS_ij q_i . k_j      dbias_j = sum_i dS_ij
 
+The authors' backward holds lambda times the normaliser constant, which leaves out the last term
+of dS (`frozen`). Without an intercept 1 - a_j becomes -g . k_j, and gamma and b are not centred.
+Block-diagonal covariances have probes of their own (`diagonal`, `probe`).
+
 An absolute ridge makes lambda_i = lambda exp(-lse_i): its gradient is exp(-lse_i) g . u, and
 the rows of dS then sum to -lambda_i g . u instead of 0.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from regard.ops.local_linear.cg import conjugate_gradient
-from regard.ops.local_linear.tiles import Block, Heads, Inputs, Workspace, walk
+from regard.ops.local_linear.layout import Block, Inputs, Workspace
+from regard.ops.local_linear.probe import Cotangents, Probe
+from regard.ops.local_linear.solve import Solver, System
+from regard.ops.local_linear.tiles import LOG2E, Heads, walk
 
 
 class Wanted(NamedTuple):
@@ -37,11 +44,13 @@ class Wanted(NamedTuple):
     scale: bool
     key_bias: bool
     decay: bool
+    row_bias: bool
+    probe: bool
 
     @property
     def solve(self) -> bool:
         """Whether the second solve is needed: for all but v."""
-        return self.q or self.k or self.ridge or self.scale or self.key_bias or self.decay
+        return self.scores or self.ridge or self.row_bias or self.probe
 
     @property
     def scores(self) -> bool:
@@ -58,7 +67,8 @@ class Sums(NamedTuple):
     ridge: Tensor  # [B, H, T]
     scale: Tensor  # [B, H, T]
     column: Tensor  # [B, H, S], float64: sum_i dS_ij
-    row: Tensor  # [B, H, T], float64: sum_j dS_ij
+    row: Tensor  # [B, H, T], float64: sum_j dS_ij, 0 with a relative ridge
+    probe: Tensor  # [B, H, T, D]
 
 
 def backward(
@@ -67,18 +77,43 @@ def backward(
     slope: Tensor,
     lse: Tensor,
     wanted: Wanted,
-    tol: float,
-    max_iters: int,
+    solver: Solver,
     block_size: int,
 ) -> tuple[Tensor, ...]:
     """Gradients in the order of `Wanted`; an empty tensor where none was wanted."""
     sums = _zeros(inputs, wanted)
-    if inputs.q.numel() and inputs.k.shape[2]:
-        space = Workspace(inputs.q, inputs.dtype)
-        saved = (grad, slope, lse)
-        for heads, block in walk(inputs, block_size, space):
-            _one_block(inputs, heads, block, saved, sums, wanted, tol, max_iters)
+    if inputs.q.numel() == 0 or inputs.k.shape[2] == 0:
+        return _finish(inputs, sums, wanted)
+    saved = (grad, slope, lse)
+    failed = torch.zeros(lse.shape, dtype=torch.bool, device=lse.device)
+    space = Workspace(inputs.q, inputs.dtype)
+    for heads, block in walk(inputs, block_size, space):
+        bad = _one_block(inputs, heads, block, saved, sums, wanted, solver, None)
+        if bad is not None:
+            heads.put(failed[..., None], block, bad)
+    if wanted.solve and solver.rescues(inputs.dtype) and bool(failed.any()):
+        _rescue(inputs, saved, sums, wanted, solver, block_size, failed)
     return _finish(inputs, sums, wanted)
+
+
+def _rescue(
+    inputs: Inputs,
+    saved: tuple[Tensor, ...],
+    sums: Sums,
+    wanted: Wanted,
+    solver: Solver,
+    block_size: int,
+    failed: Tensor,
+) -> None:
+    """Adds what the rows that could not be solved contribute, in float64."""
+    wide, solver = replace(inputs, wide=True), replace(solver, direct=True)
+    more = _zeros(wide, wanted)
+    for heads, block in walk(wide, block_size, Workspace(inputs.q, torch.float64)):
+        only = heads.flags(failed, block)
+        if bool(only.any()):
+            _one_block(wide, heads, block, saved, more, wanted, solver, only)
+    for total, extra in zip(sums, more, strict=True):
+        total += extra.to(total.dtype)
 
 
 def _zeros(inputs: Inputs, wanted: Wanted) -> Sums:
@@ -95,7 +130,8 @@ def _zeros(inputs: Inputs, wanted: Wanted) -> Sums:
         zeros(wanted.ridge, rows),
         zeros(wanted.scale, rows),
         zeros(wanted.key_bias or wanted.decay, columns, torch.float64),
-        zeros(wanted.decay and inputs.absolute, rows, torch.float64),
+        zeros(wanted.decay or wanted.row_bias, rows, torch.float64),
+        zeros(wanted.probe, q.shape),
     )
 
 
@@ -106,9 +142,10 @@ def _one_block(
     saved: tuple[Tensor, ...],
     sums: Sums,
     wanted: Wanted,
-    tol: float,
-    max_iters: int,
-) -> None:
+    solver: Solver,
+    only: Tensor | None,
+) -> Tensor | None:
+    """Adds a block's contributions, or those of `only` [n, M, 1]; returns which rows failed."""
     grad, slope, lse = saved
     queries = heads.rows(inputs.q, block)
     scale = heads.rows(inputs.scale_rows, block)
@@ -117,75 +154,82 @@ def _one_block(
     lse = heads.rows(lse[..., None], block)
     # A row that sees no key or has no gradient contributes nothing, whatever its contents.
     live = (e != 0).any(-1, keepdim=True) & (lse != -torch.inf)
+    if only is not None:
+        live &= only
     queries, g = (torch.where(live, x, 0.0) for x in (queries, g))
     e = torch.where(live, e, 0.0)
 
     scaled = queries * scale
-    lse_centred = torch.where(live, lse - (scaled * heads.centre).sum(-1, keepdim=True), torch.inf)
-    weights = heads.scores(block, scaled).sub_(lse_centred).exp_()
+    shift_of_lse = (scaled * heads.centre).sum(-1, keepdim=True)
+    if inputs.row_bias is not None:
+        shift_of_lse = shift_of_lse + heads.rows(inputs.row_bias[..., None], block)
+    lse_centred = torch.where(live, lse - shift_of_lse, torch.inf)
+    weights = heads.scores(block, scaled).sub_(lse_centred * LOG2E).exp2_()
     # The rounding of lse would leave weights that do not sum to 1, and shift every mean.
     total = weights.sum(-1, keepdim=True)
     weights.mul_(torch.where(total > 0, 1 / total, 0.0))
     mean = heads.mean_key(block, weights)
     if not wanted.solve:
-        g_mean = (g * mean).sum(-1, keepdim=True)
         for c0, c1 in block.tiles():
-            tile = _factor(heads, block, weights, g, 1 + g_mean, c0, c1)
-            _columns(heads, block, sums.v, c0, c1).baddbmm_(tile.mT, e)
-        return
+            tile = _factor(heads, block, weights, g, heads.offset(g, mean), c0, c1)
+            heads.collect_columns(_columns(heads, block, sums.v, c0, c1), tile, e)
+        return None
 
-    evidence = torch.exp(-torch.where(live, lse, 0.0)) if inputs.absolute else None
+    evidence = None
+    if inputs.absolute:  # exp(-lse), without the rounding of the lse that was saved
+        evidence = torch.exp(-torch.where(live, lse, 0.0)) / torch.where(total > 0, total, 1.0)
     ridge = heads.rows(inputs.ridge_rows, block)
     ridge = ridge if evidence is None else ridge * evidence
 
-    def matrix(x: Tensor) -> Tensor:
-        return heads.covariance(block, weights, mean, x) + ridge * x
-
     shift = torch.where(live, mean - (queries - heads.centre), 0.0)
-    g, _, _ = conjugate_gradient(matrix, shift, tol, max_iters, g)
     gamma, right = _projected_values(heads, block, weights, e)
-    u, _, _ = conjugate_gradient(matrix, right, tol, max_iters)
-    g_mean, u_mean, agreement = ((x * y).sum(-1, True) for x, y in ((g, mean), (u, mean), (g, u)))
-    gamma.add_(u_mean)
-    row_sum = ridge * agreement  # lambda g . u
+    failed = None
+    if inputs.probe is not None:
+        probe = Probe.given(g, right)
+    else:
+        system = System(heads, block, weights, None, mean, ridge)
+        probe = Probe.solve(system, solver, shift, right, g)
+    if inputs.probe is None and solver.rescues(inputs.dtype):
+        failed = probe.failed
+        if bool(failed.any()):  # they contribute later
+            weights.masked_fill_(failed, 0.0)
+            e, gamma = (x.masked_fill_(failed, 0.0) for x in (e, gamma))
+            probe = probe.without(failed)
+    row_sum = ridge * probe.agreement
+    constant = inputs.absolute or inputs.frozen  # rows of dS sum to -lambda h . u, not to 0
+    base = -probe.row if constant else row_sum - probe.row
+    cotangents = Cotangents(heads, block, weights, mean, gamma, e, probe, base)
 
     through = torch.zeros_like(queries)  # sum_j dS_j (k_j - centre)
     for c0, c1 in block.tiles():
-        keys, w = heads.keys(block, c0, c1), weights[:, :, c0:c1]
-        rest = gamma[:, :, c0:c1].baddbmm_(u, keys.mT, alpha=-1)  # gamma - b
-        block.blank(rest, heads.shape(block), c0, c1)
-        tile = _factor(heads, block, weights, g, 1 + g_mean, c0, c1)  # p (1 - a)
-        if wanted.v:
-            _columns(heads, block, sums.v, c0, c1).baddbmm_(tile.mT, e)
-        if wanted.k:
-            _columns(heads, block, sums.k, c0, c1).baddbmm_(tile.mT, u, alpha=-1)
+        of_k = _columns(heads, block, sums.k, c0, c1) if wanted.k else None
+        of_v = _columns(heads, block, sums.v, c0, c1) if wanted.v else None
+        tile = cotangents.scores(c0, c1, of_k, of_v, wanted.scores)
         if not wanted.scores:
             continue
-        tile.mul_(rest)
-        if not inputs.absolute:
-            tile.addcmul_(w, row_sum)
         if wanted.q or wanted.scale:
-            through.baddbmm_(tile, keys)
+            heads.collect(through, tile, heads.keys(block, c0, c1))
         if wanted.key_bias or wanted.decay:
             batch, count, queries_ = heads.shape(block)
             column = tile.view(batch, count, queries_, -1).sum(2, dtype=torch.float64)
             _per_query_head(heads, sums.column)[..., block.low + c0 : block.low + c1] += column
-        if wanted.k:
-            into = _columns(heads, block, sums.k, c0, c1)
-            into.baddbmm_(tile.mT, scaled)
-            into.baddbmm_(rest.mul_(w).mT, g, alpha=-1)
+        if of_k is not None:
+            heads.collect_columns(of_k, tile, scaled)
 
-    if inputs.absolute:  # the scores' row sums reach what the centring had taken off
+    if constant:  # the scores' row sums reach what the centring had taken off
         through -= row_sum * heads.centre
-        if wanted.decay:
+        if wanted.decay or wanted.row_bias:
             heads.put(sums.row[..., None], block, -row_sum)
     if wanted.q:
-        heads.put(sums.q, block, u + scale * through)
+        heads.put(sums.q, block, probe.of_query + scale * through)
+    if wanted.probe:
+        heads.put(sums.probe, block, -right)
     if wanted.ridge:
-        slant = agreement if evidence is None else agreement * evidence
+        slant = probe.agreement if evidence is None else probe.agreement * evidence
         heads.put(sums.ridge[..., None], block, slant)
     if wanted.scale:
         heads.put(sums.scale[..., None], block, (queries * through).sum(-1, keepdim=True))
+    return failed
 
 
 def _projected_values(
@@ -195,28 +239,25 @@ def _projected_values(
     gamma = heads.space.take("gamma", *weights.shape)
     mean = e.new_zeros(*e.shape[:2], 1)
     for c0, c1 in block.tiles():
-        tile = heads.space.take("tile", *e.shape[:2], c1 - c0)
-        torch.bmm(e, heads.values(block, c0, c1).mT, out=tile)
+        tile = heads.times(e, heads.values(block, c0, c1), "tile")
         block.blank(tile, heads.shape(block), c0, c1)
         gamma[:, :, c0:c1].copy_(tile)
         mean += tile.mul_(weights[:, :, c0:c1]).sum(-1, keepdim=True)
-    gamma.sub_(mean)
+    if heads.intercept:
+        gamma.sub_(mean)
     right = e.new_zeros(*e.shape[:2], heads.k.shape[2])
     for c0, c1 in block.tiles():
         tile = heads.space.take("tile", *e.shape[:2], c1 - c0)
         torch.mul(gamma[:, :, c0:c1], weights[:, :, c0:c1], out=tile)
-        right.baddbmm_(tile, heads.keys(block, c0, c1))
+        heads.collect(right, tile, heads.keys(block, c0, c1))
     return gamma, right
 
 
 def _factor(
-    heads: Heads, block: Block, weights: Tensor, g: Tensor, at_mean: Tensor, c0: int, c1: int
+    heads: Heads, block: Block, weights: Tensor, g: Tensor, at_zero: Tensor, c0: int, c1: int
 ) -> Tensor:
     """p (1 - a) of a tile."""
-    tile = heads.product(block, g, c0, c1)
-    torch.sub(at_mean, tile, out=tile).mul_(weights[:, :, c0:c1])
-    block.blank(tile, heads.shape(block), c0, c1)
-    return tile
+    return heads.weighted(block, weights, -g, at_zero, c0, c1)
 
 
 def _columns(heads: Heads, block: Block, total: Tensor, c0: int, c1: int) -> Tensor:
@@ -242,8 +283,7 @@ def _finish(inputs: Inputs, sums: Sums, wanted: Wanted) -> tuple[Tensor, ...]:
         bias = _fold_heads(sums.column, inputs.key_bias).to(inputs.key_bias.dtype)
     if wanted.decay and decay is not None:
         per_head = -sums.column
-        # With a relative ridge the rows of dS sum to zero.
-        if inputs.absolute and per_head.shape[2]:
+        if (inputs.absolute or inputs.frozen) and per_head.shape[2]:
             if inputs.causal:
                 offset = inputs.visibility.offset
                 skipped = max(0, -offset)  # queries before the first key
@@ -252,6 +292,12 @@ def _finish(inputs: Inputs, sums: Sums, wanted: Wanted) -> tuple[Tensor, ...]:
             else:
                 per_head[:, :, -1] += sums.row.sum(2)
         sums_of_decay = _fold_heads(per_head, decay.sums).to(decay.sums.dtype)
+    row_bias = nothing.clone()
+    if wanted.row_bias and inputs.row_bias is not None:
+        row_bias = sums.row.to(inputs.row_bias.dtype)
+    probe = nothing.clone()
+    if wanted.probe and inputs.probe is not None:
+        probe = sums.probe.to(inputs.probe.dtype)
     ridge = sums.ridge.double().sum_to_size(inputs.ridge.shape) if wanted.ridge else nothing
     scale = sums.scale.double().sum(2).sum_to_size(inputs.scale.shape) if wanted.scale else nothing
     return (
@@ -262,6 +308,8 @@ def _finish(inputs: Inputs, sums: Sums, wanted: Wanted) -> tuple[Tensor, ...]:
         scale.to(inputs.scale.dtype) if wanted.scale else nothing.clone(),
         bias if wanted.key_bias else nothing.clone(),
         sums_of_decay if wanted.decay else nothing.clone(),
+        row_bias,
+        probe,
     )
 
 

@@ -1,14 +1,18 @@
-"""The forward, block by block: weights, mean key, conjugate gradients, output."""
+"""The forward, block by block: weights, mean key, a solve, output."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from regard.ops.local_linear.cg import conjugate_gradient
-from regard.ops.local_linear.tiles import Block, Heads, Inputs, Workspace, walk
+from regard.ops.local_linear.diagonal import joined
+from regard.ops.local_linear.layout import Block, Inputs, Workspace
+from regard.ops.local_linear.solve import Solver, System
+from regard.ops.local_linear.tiles import LOG2E, Heads, walk
 
 
 class Result(NamedTuple):
@@ -34,18 +38,73 @@ def empty_result(inputs: Inputs) -> Result:
     )
 
 
-def forward(inputs: Inputs, tol: float, max_iters: int, block_size: int) -> Result:
+def forward(inputs: Inputs, solver: Solver, block_size: int) -> Result:
     """The outputs of every query; no gradient is recorded here."""
     result = empty_result(inputs)
+    for heads, block, found, only in fits(inputs, solver, block_size):
+        out = found.slope.new_zeros(*found.slope.shape[:2], heads.v.shape[2])
+        total = torch.zeros_like(found.inverse)
+        for c0, c1 in block.tiles():
+            tile = signed(heads, block, found, c0, c1)
+            total += tile.sum(-1, keepdim=True)
+            heads.collect(out, tile, heads.values(block, c0, c1))
+        out *= _inverse(heads, found.inverse, total)
+        rows = (out, found.slope, found.lse, found.iterations, found.residual)
+        for target, values in zip(result, rows, strict=True):
+            heads.put(target if target.dim() == 4 else target[..., None], block, values, only)
+    return result
+
+
+def forward_given(inputs: Inputs, probe: Tensor, block_size: int) -> Result:
+    """The same with g given: no mean key is needed, only its product with g."""
+    result = empty_result(inputs)
+    result.slope.copy_(probe)
     if inputs.q.numel() == 0 or inputs.k.shape[2] == 0:
         return result
     space = Workspace(inputs.q, inputs.dtype)
     for heads, block in walk(inputs, block_size, space):
-        for target, rows in zip(
-            result, _one_block(inputs, heads, block, tol, max_iters), strict=True
-        ):
-            heads.put(target if target.dim() == 4 else target[..., None], block, rows)
+        found = weigh(inputs, heads, block)
+        g = torch.where(found.some, heads.rows(probe, block), 0.0)
+        products = []
+        mean = torch.zeros_like(found.inverse)
+        for c0, c1 in block.tiles():
+            tile = heads.product(block, g, c0, c1, f"products {c0}")
+            heads.blank(block, tile, c0, c1)
+            mean += torch.linalg.vecdot(tile, found.weights[:, :, c0:c1])[..., None]
+            products.append(tile)
+        at_mean = 1 + mean * found.inverse
+        total = torch.zeros_like(mean)
+        out = g.new_zeros(*g.shape[:2], heads.v.shape[2])
+        for (c0, c1), tile in zip(block.tiles(), products, strict=True):
+            torch.sub(at_mean, tile, out=tile).mul_(found.weights[:, :, c0:c1])
+            total += tile.sum(-1, keepdim=True)
+            heads.collect(out, tile, heads.values(block, c0, c1))
+        heads.put(result.out, block, out * _inverse(heads, found.inverse, total))
+        heads.put(result.lse[..., None], block, found.lse)
     return result
+
+
+class Weighed(NamedTuple):
+    """The softmax weights of one block of queries, rows [n, M, .]."""
+
+    queries: Tensor
+    weights: Tensor  # exp(score - max), [n, M, J]
+    inverse: Tensor  # 1 / their sum, 0 where no key is seen
+    some: Tensor  # whether any is
+    lse: Tensor
+
+
+def weigh(inputs: Inputs, heads: Heads, block: Block) -> Weighed:
+    """Scores and their softmax."""
+    queries = heads.rows(inputs.q, block)
+    scaled = queries * heads.rows(inputs.scale_rows, block)
+    weights, total, lse = _softmax(heads.scores(block, scaled))
+    lse = lse + (scaled * heads.centre).sum(-1, keepdim=True)
+    if inputs.row_bias is not None:
+        lse = lse + heads.rows(inputs.row_bias[..., None], block)
+    some = total > 0
+    inverse = torch.where(some, 1 / total, 0.0)  # applied to sums, not to the M x J weights
+    return Weighed(queries, weights, inverse, some, lse)
 
 
 class Fit(NamedTuple):
@@ -55,56 +114,81 @@ class Fit(NamedTuple):
     inverse: Tensor  # 1 / their sum, 0 where no key is seen
     mean: Tensor  # kbar - centre
     ridge: Tensor  # effective, relative
-    slope: Tensor  # g
     lse: Tensor
+    slope: Tensor  # g
     iterations: Tensor
     residual: Tensor
+    failed: Tensor
 
 
-def fit(inputs: Inputs, heads: Heads, block: Block, tol: float, max_iters: int) -> Fit:
-    """Weights, mean key and g of a block."""
-    queries = heads.rows(inputs.q, block)
-    scaled = queries * heads.rows(inputs.scale_rows, block)
-    weights, total, lse_centred = _softmax(heads.scores(block, scaled))
-    some = total > 0
-    inverse = torch.where(some, 1 / total, 0.0)  # applied to sums, not to the M x J weights
+def fits(
+    inputs: Inputs, solver: Solver, block_size: int
+) -> Iterator[tuple[Heads, Block, Fit, Tensor | None]]:
+    """Every block with its fit; then, in float64, the blocks of rows that could not be solved.
+
+    The last item says which rows [n, M, 1] of a fit count, None being all of them. Whether a
+    row is solved again depends on nothing but that row.
+    """
+    if inputs.q.numel() == 0 or inputs.k.shape[2] == 0:
+        return
+    last = solver.direct and inputs.dtype == torch.float64
+    space = Workspace(inputs.q, inputs.dtype)
+    failed = torch.zeros(inputs.q.shape[:3], dtype=torch.bool, device=inputs.q.device)
+    for heads, block in walk(inputs, block_size, space):
+        found = fit(inputs, heads, block, solver, last=last)
+        heads.put(failed[..., None], block, found.failed)
+        yield heads, block, found, None
+    if not solver.rescues(inputs.dtype) or not bool(failed.any()):
+        return
+    wide, solver = replace(inputs, wide=True), replace(solver, direct=True)
+    space = Workspace(inputs.q, torch.float64)
+    for heads, block in walk(wide, block_size, space):
+        only = heads.flags(failed, block)
+        if bool(only.any()):
+            yield heads, block, fit(wide, heads, block, solver, last=True), only
+
+
+def fit(
+    inputs: Inputs, heads: Heads, block: Block, solver: Solver, *, last: bool = False
+) -> Fit:
+    """Weights, mean key and g of a block; `last`: g = 0 in rows that fail."""
+    queries, weights, inverse, some, lse = weigh(inputs, heads, block)
     mean = heads.mean_key(block, weights) * inverse
-    lse = lse_centred + (scaled * heads.centre).sum(-1, keepdim=True)
     ridge = heads.rows(inputs.ridge_rows, block)
     if inputs.absolute:
         ridge = ridge * torch.exp(-torch.where(some, lse, 0.0))
-
-    def matrix(x: Tensor) -> Tensor:
-        return heads.covariance(block, weights, mean, x) * inverse + ridge * x
-
     right = torch.where(some, mean - (queries - heads.centre), 0.0)
-    slope, iterations, residual = conjugate_gradient(matrix, right, tol, max_iters)
-    return Fit(weights, inverse, mean, ridge, slope, lse, iterations, residual)
+    system = System(heads, block, weights, inverse, mean, ridge)
+    (solution,) = system.solve(solver, [right], [None])
+    if last:
+        solution = solution.final()
+    if inputs.covariance_block:
+        solution = solution._replace(x=joined(solution.x, right, inputs.covariance_block))
+    return Fit(weights, inverse, mean, ridge, lse, *solution)
 
 
 def signed(heads: Heads, block: Block, found: Fit, c0: int, c1: int) -> Tensor:
     """p (1 - a) of a tile, times the sum of the weights, in scratch memory."""
-    at_mean = 1 + (found.slope * found.mean).sum(-1, keepdim=True)
-    tile = heads.product(block, found.slope, c0, c1)
-    torch.sub(at_mean, tile, out=tile).mul_(found.weights[:, :, c0:c1])
-    block.blank(tile, heads.shape(block), c0, c1)
-    return tile
+    at_zero = heads.offset(found.slope, found.mean)
+    return heads.weighted(block, found.weights, -found.slope, at_zero, c0, c1)
 
 
-def _one_block(
-    inputs: Inputs, heads: Heads, block: Block, tol: float, max_iters: int
-) -> tuple[Tensor, ...]:
-    found = fit(inputs, heads, block, tol, max_iters)
-    out = found.slope.new_zeros(*found.slope.shape[:2], heads.v.shape[2])
-    for c0, c1 in block.tiles():
-        out.baddbmm_(signed(heads, block, found, c0, c1), heads.values(block, c0, c1))
-    return out * found.inverse, found.slope, found.lse, found.iterations, found.residual
+def _inverse(heads: Heads, inverse: Tensor, total: Tensor) -> Tensor:
+    """1 / the sum of the signed weights [n, M, 1], which is that of the weights but for rounding.
+
+    The rounding of a large g would scale every output; this way constants come back exactly.
+    Without an intercept the signed weights sum to anything.
+    """
+    if not heads.intercept:
+        return inverse
+    close = (total * inverse - 1).abs() < 0.5
+    return torch.where(close, 1 / total, inverse)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(score - max) in place, its sum, and the log-sum-exp; rows without a key: 0, 0, -inf."""
+    """2^(score - max) in place, its sum, and the log-sum-exp; rows without a key: 0, 0, -inf."""
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
-    weights = scores.sub_(top).exp_()
+    weights = scores.sub_(top).exp2_()
     total = weights.sum(-1, keepdim=True)
-    return weights, total, top + total.log()
+    return weights, total, top / LOG2E + total.log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,12 +16,17 @@ from regard.core.decay import DecaySums, decay_sums
 from regard.core.dispatch import Form, choose
 from regard.core.packed import check_packed, spans
 from regard.core.precision import compute_dtype
+from regard.ops.local_linear.kernel import as_dot
 from regard.ops.local_linear.reference import equations
 from regard.ops.local_linear.registered import local_linear_fwd
+from regard.ops.local_linear.solve import prefers_direct
 
 OP = "local_linear_attention"
 RIDGE_MODES = ("relative", "absolute")
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+SOLVERS = ("auto", "direct", "cg")
+KERNELS = ("dot", "gaussian")
+GRADIENTS = ("exact", "official")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 
 class LocalLinearAux(NamedTuple):
@@ -67,17 +73,24 @@ class Call:
     window: tuple[int, int] | None
     tol: float
     tol_backward: float
-    max_iters: int  # 0: 2 D + 8
-    block_size: int  # 0: by the sizes
-    stateful: bool
+    solver: str = "auto"
+    kernel: str = "dot"
+    intercept: bool = True
+    covariance_block: int | None = None
+    grad: str = "exact"
+    max_iters: int = 0  # 0: 2 D + 8
+    block_size: int = 0  # 0: by the sizes
+    stateful: bool = False
     decay: DecaySums | None = None
+    row_bias: Tensor | None = None  # beside the scores, of the Gaussian kernel
+    probe: Tensor | None = None  # g where it is given, as in Parallax
 
 
 Answer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # out, lse, slope, iterations, residual
 
 
 def operands(call: Call) -> tuple[Any, ...]:
-    """The tensors of the registered op: q, k, v, ridge, scale, key_mask, key_bias, decay."""
+    """The tensors of the registered op."""
     q, dtype, decay = call.q, compute_dtype(call.q.dtype), call.decay
     if decay is None and call.log_decay is not None:
         decay = decay_sums(call.log_decay, call.key_mask)
@@ -88,16 +101,39 @@ def operands(call: Call) -> tuple[Any, ...]:
         scale = torch.full((1, 1), float(scale), dtype=dtype, device=q.device)
     sums, first = decay if decay is not None else (None, None)
     ridge = _ridge(call, dtype)
-    return q, call.k, call.v, ridge, scale, call.key_mask, call.key_bias, sums, first
+    return (
+        q, call.k, call.v, ridge, scale, call.key_mask, call.key_bias, sums, first,
+        call.row_bias, call.probe,
+    )
 
 
-def _eager(call: Call) -> Answer:
+def takes_direct(call: Call) -> bool:
+    """Whether the solve is direct: under "auto" by metadata and the number that a ridge is."""
+    if call.covariance_block is not None:
+        return True
+    if call.solver != "auto":
+        return call.solver == "direct"
+    ridge = 1.0 if isinstance(call.ridge, Tensor) else float(call.ridge)
+    _, H, T, D = call.q.shape
+    sizes = (T * (H // call.k.shape[1]), call.k.shape[2], D)
+    return prefers_direct(call.q.dtype, sizes, ridge, call.ridge_mode == "absolute")
+
+
+def options(call: Call) -> tuple[Any, ...]:
+    """The options of the registered op."""
     left, right = call.window if call.window is not None else (-1, -1)
-    out, slope, lse, iterations, residual = local_linear_fwd(
-        *operands(call), call.causal, left, right, call.ridge_mode == "absolute",
+    return (
+        call.causal, left, right, call.ridge_mode == "absolute", call.intercept,
+        call.grad == "official", call.covariance_block or 0, takes_direct(call),
         call.tol, call.tol_backward, call.max_iters, call.block_size,
     )
-    return out, lse, slope, iterations, residual
+
+
+def run_eager(call: Call) -> Answer:
+    dot = as_dot(call) if call.kernel == "gaussian" else call
+    # The options are those of the call: float32 copies of 16-bit inputs do not change the solver.
+    out, slope, lse, iterations, residual = local_linear_fwd(*operands(dot), *options(call))
+    return out.to(call.q.dtype), lse, slope, iterations, residual
 
 
 def _ridge(call: Call, dtype: torch.dtype) -> Tensor:
@@ -116,17 +152,20 @@ def _ridge(call: Call, dtype: torch.dtype) -> Tensor:
 def _reference(call: Call) -> Answer:
     out, lse, slope = equations(
         call.q, call.k, call.v, call.causal, call.ridge, call.ridge_mode, call.scale,
-        call.key_mask, call.key_bias, call.log_decay, call.window,
+        call.key_mask, call.key_bias, call.log_decay, call.window, call.kernel, call.intercept,
+        call.covariance_block,
     )
     return out, lse, slope, torch.zeros_like(lse, dtype=torch.int32), torch.zeros_like(lse)
 
 
 def _reference_refuses(call: Call) -> str | None:
+    if call.grad == "official":
+        return "its gradient is exact"
     return "it keeps no state" if call.stateful else None
 
 
 FORMS = (
-    Form("eager", "blockwise", lambda call: None, _eager),
+    Form("eager", "blockwise", lambda call: None, run_eager),
     Form("reference", "reference", _reference_refuses, _reference, auto=False),
 )
 
@@ -143,6 +182,11 @@ def check(op: str, sizes: Sizes, call: Call) -> None:
         checks.check_float_operand(op, "ridge", call.ridge, (H,), q)
     else:
         checks.check_float_operand(op, "ridge", call.ridge, (B, (1, Hk, H), T), q)
+    checks.check_choice(op, "solver", call.solver, SOLVERS)
+    checks.check_choice(op, "kernel", call.kernel, KERNELS)
+    checks.check_choice(op, "grad", call.grad, GRADIENTS)
+    checks.check_flag(op, "intercept", call.intercept)
+    _check_blocks(op, sizes.D, call)
     checks.check_scale(op, call.scale, sizes, q)
     checks.check_key_mask(op, call.key_mask, sizes, q)
     checks.check_float_operand(op, "key_bias", call.key_bias, (B, (1, Hk, H), S), q)
@@ -150,7 +194,26 @@ def check(op: str, sizes: Sizes, call: Call) -> None:
     checks.check_window(op, call.window)
 
 
+def _check_blocks(op: str, D: int, call: Call) -> None:
+    """Block-diagonal covariances: what they fit, and what they are not defined with."""
+    block = call.covariance_block
+    if block is None:
+        return
+    checks.check_integer(op, "covariance_block", block)
+    if D % block:
+        raise checks.reject(op, "covariance_block", f"a divisor of the head size {D}", block)
+    for name, accepted, fits in (
+        ("solver", "'auto' or 'direct'", call.solver != "cg"),
+        ("intercept", "True", call.intercept),
+        ("grad", "'exact'", call.grad == "exact"),
+    ):
+        if not fits:
+            raise checks.reject(op, name, f"{accepted} with covariance_block", getattr(call, name))
+
+
 def attend(
+    op: str,
+    forms: Sequence[Form],
     call: Call,
     sizes: Sizes,
     cu_seqlens: Tensor | None,
@@ -160,16 +223,16 @@ def attend(
     impl: str,
 ) -> tuple[Answer, KVCache | None]:
     """The answer of a checked call, and the state after it."""
-    check_packed(OP, cu_seqlens, cu_seqlens_k, sizes, state)
+    check_packed(op, cu_seqlens, cu_seqlens_k, sizes, state)
     if cu_seqlens is not None and return_state:
-        raise checks.reject(OP, "return_state", "False with packed sequences", words("True"))
-    form = choose(OP, FORMS, impl, call)
+        raise checks.reject(op, "return_state", "False with packed sequences", words("True"))
+    form = choose(op, forms, impl, call)
     if cu_seqlens is not None:
-        return _packed(form, call, sizes, cu_seqlens, cu_seqlens_k), None
+        return _packed(op, form, call, sizes, cu_seqlens, cu_seqlens_k), None
     if not call.stateful:
         return form.run(call), None
     cache = KVCache.extend(
-        OP, state, call.k, call.v,
+        op, state, call.k, call.v,
         key_mask=call.key_mask, key_bias=call.key_bias, log_decay=call.log_decay,
     )
     continued = replace(
@@ -180,7 +243,12 @@ def attend(
 
 
 def _packed(
-    form: Form, call: Call, sizes: Sizes, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
+    op: str,
+    form: Form,
+    call: Call,
+    sizes: Sizes,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
 ) -> Answer:
     """Each sequence on its own, laid end to end again."""
 
@@ -188,11 +256,12 @@ def _packed(
         return x.narrow(axis, start, stop - start) if isinstance(x, Tensor) else x
 
     answers = []
-    for t0, t1, s0, s1 in spans(OP, cu_seqlens, cu_seqlens_k, sizes):
+    for t0, t1, s0, s1 in spans(op, cu_seqlens, cu_seqlens_k, sizes):
         per_token = isinstance(call.ridge, Tensor) and call.ridge.dim() == 3
         one = replace(
             call,
             q=cut(call.q, 2, t0, t1),
+            probe=cut(call.probe, 2, t0, t1),
             k=cut(call.k, 2, s0, s1),
             v=cut(call.v, 2, s0, s1),
             ridge=cut(call.ridge, 2, t0, t1) if per_token else call.ridge,

@@ -31,6 +31,9 @@ def local_linear_attention_reference(
     key_bias: Float[Tensor, "b heads s"] | None = None,
     log_decay: Float[Tensor, "b heads s"] | None = None,
     window: tuple[int, int] | None = None,
+    kernel: str = "dot",
+    intercept: bool = True,
+    covariance_block: int | None = None,
 ) -> Float[Tensor, "b h t dv"]:
     """The output of `local_linear_attention`, differentiable any number of times.
 
@@ -38,7 +41,7 @@ def local_linear_attention_reference(
     in float32 otherwise.
     """
     options = (causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window)
-    return equations(q, k, v, *options)[0]
+    return equations(q, k, v, *options, kernel, intercept, covariance_block)[0]
 
 
 def equations(
@@ -53,6 +56,9 @@ def equations(
     key_bias: Tensor | None,
     log_decay: Tensor | None,
     window: tuple[int, int] | None,
+    kernel: str,
+    intercept: bool,
+    covariance_block: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp of the scores [B, H, T] and g [B, H, T, D]."""
     kind, dtype = q.dtype, compute_dtype(q.dtype)
@@ -63,6 +69,9 @@ def equations(
 
     bandwidth = D**-0.5 if scale is None else _column(scale, dtype)
     scores = bandwidth * (q @ k.mT)
+    if kernel == "gaussian":  # -scale |q - k|^2 / 2
+        squares = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :]
+        scores = scores - bandwidth * squares / 2
     seen = _positions_seen(T, S, causal, window, q.device)
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
@@ -80,16 +89,43 @@ def equations(
     strength = _ridge(ridge, heads, q)
     if ridge_mode == "absolute":  # lambda added to the Gram of the weights exp(score)
         strength = strength * torch.exp(-torch.where(some, lse, 0.0))
+    if not intercept:
+        moments = _moments(weights, k, torch.zeros_like(q))
+        g = -_solve(moments, strength, torch.where(some, q, 0.0))
+        out = -(weights * (g @ k.mT)) @ v
+        return out.to(kind), torch.where(some, lse, -torch.inf)[..., 0], g
     kbar = weights @ k
-    products = (k[..., :, None] * k[..., None, :]).flatten(-2)
-    covariance = (weights @ products).unflatten(-1, (D, D))
-    covariance = covariance - kbar[..., :, None] * kbar[..., None, :]
-    identity = torch.eye(D, dtype=dtype, device=q.device)
-    matrix = covariance + strength[..., None] * identity
-    g = torch.linalg.solve(matrix, torch.where(some, kbar - q, 0.0))
+    m = torch.where(some, kbar - q, 0.0)
+    covariance = _moments(weights, k, kbar)
+    g = _solve(covariance, strength, m)
+    if covariance_block is not None:
+        g = _from_blocks(covariance, strength, m, covariance_block)
     a = g @ k.mT - (g * kbar).sum(-1, keepdim=True)
     out = (weights * (1 - a)) @ v
     return out.to(kind), torch.where(some, lse, -torch.inf)[..., 0], g
+
+
+def _moments(weights: Tensor, k: Tensor, mean: Tensor) -> Tensor:
+    """sum_j p_j k_j k_j^T - mean mean^T, [B, H, T, D, D]."""
+    products = (k[..., :, None] * k[..., None, :]).flatten(-2)
+    moments = (weights @ products).unflatten(-1, k.shape[-1:] * 2)
+    return moments - mean[..., :, None] * mean[..., None, :]
+
+
+def _solve(matrix: Tensor, strength: Tensor, right: Tensor) -> Tensor:
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve(matrix + strength[..., None] * identity, right)
+
+
+def _from_blocks(covariance: Tensor, strength: Tensor, m: Tensor, width: int) -> Tensor:
+    """g when only diagonal blocks of sum_j p_j (k_j - q)(k_j - q)^T are kept, as published."""
+    moment = covariance + m[..., :, None] * m[..., None, :]
+    pieces = []
+    for c in range(0, m.shape[-1], width):
+        at = slice(c, c + width)
+        pieces.append(_solve(moment[..., at, at], strength, m[..., at]))
+    rho = torch.cat(pieces, -1)
+    return rho / (1 - (m * rho).sum(-1, keepdim=True))
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

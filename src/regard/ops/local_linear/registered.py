@@ -12,38 +12,52 @@ from regard.core.library import define
 from regard.core.precision import compute_dtype, without_autocast
 from regard.ops.local_linear import backward as gradients
 from regard.ops.local_linear import blockwise
-from regard.ops.local_linear.tiles import Inputs
+from regard.ops.local_linear.layout import Inputs
+from regard.ops.local_linear.solve import Solver
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor ridge, Tensor scale, Tensor? key_mask, "
-    "Tensor? key_bias, Tensor? decay_sums, Tensor? decay_first"
+    "Tensor? key_bias, Tensor? decay_sums, Tensor? decay_first, Tensor? row_bias, "
+    "Tensor? probe"
 )
 _OPTIONS = (
-    "bool causal, int left, int right, bool absolute, float tol, float tol_backward, "
-    "int max_iters, int block_size"
+    "bool causal, int left, int right, bool absolute, bool intercept, bool frozen, "
+    "int covariance_block, bool direct, float tol, float tol_backward, int max_iters, "
+    "int block_size"
 )
-_GRADIENTS = ("q", "k", "v", "ridge", "scale", "key_bias", "decay_sums")  # what may have one
-_NAMES = ("q", "k", "v", "ridge", "scale", "key_mask", "key_bias", "decay_sums", "decay_first")
+_GRADIENTS = ("q", "k", "v", "ridge", "scale", "key_bias", "decay_sums", "row_bias", "probe")
+_NAMES = (
+    "q", "k", "v", "ridge", "scale", "key_mask", "key_bias", "decay_sums", "decay_first",
+    "row_bias", "probe",
+)
+_COUNT = len(_NAMES)
 
 
-def _inputs(operands: tuple[Any, ...], options: tuple[Any, ...]) -> Inputs:
-    q, k, v, ridge, scale, key_mask, key_bias, sums, first = operands
-    causal, left, right, absolute = options[:4]
+def inputs_of(operands: tuple[Any, ...], options: tuple[Any, ...]) -> Inputs:
+    """The arguments of the registered op by name."""
+    q, k, v, ridge, scale, key_mask, key_bias, sums, first, row_bias, probe = operands
+    causal, left, right, absolute, intercept, frozen, covariance_block = options[:7]
     decay = None if sums is None else DecaySums(sums, first)
     window = (left, right)
-    return Inputs(q, k, v, ridge, scale, key_mask, key_bias, decay, causal, window, absolute)
+    return Inputs(
+        q, k, v, ridge, scale, key_mask, key_bias, decay, causal, window, absolute, intercept,
+        frozen, covariance_block, row_bias, probe,
+    )
 
 
-def _limit(q: Tensor, max_iters: int) -> int:
-    return max_iters if max_iters > 0 else 2 * q.shape[3] + 8
+def _solver(q: Tensor, direct: bool, tol: float, max_iters: int) -> Solver:
+    return Solver(direct, tol, max_iters if max_iters > 0 else 2 * q.shape[3] + 8)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, options = arguments[:9], arguments[9:]
-    tol, _, max_iters, block_size = options[4:]
+    operands, options = arguments[:_COUNT], arguments[_COUNT:]
+    direct, tol, _, max_iters, block_size = options[7:]
     with without_autocast(operands[0]):
-        inputs = _inputs(operands, options)
-        return tuple(blockwise.forward(inputs, tol, _limit(inputs.q, max_iters), block_size))
+        inputs = inputs_of(operands, options)
+        if inputs.probe is not None:
+            return tuple(blockwise.forward_given(inputs, inputs.probe, block_size))
+        solver = _solver(inputs.q, direct, tol, max_iters)
+        return tuple(blockwise.forward(inputs, solver, block_size))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -61,20 +75,20 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(
     grad: Tensor, slope: Tensor, lse: Tensor, wanted: list[bool], *rest: Any
 ) -> tuple[Tensor, ...]:
-    operands, options = rest[:9], rest[9:]
-    _, tol, max_iters, block_size = options[4:]
+    operands, options = rest[:_COUNT], rest[_COUNT:]
+    direct, _, tol, max_iters, block_size = options[7:]
     with without_autocast(operands[0]):
-        inputs = _inputs(operands, options)
+        inputs = inputs_of(operands, options)
+        solver = _solver(inputs.q, direct, tol, max_iters)
         return gradients.backward(
-            inputs, grad, slope, lse, gradients.Wanted(*wanted),
-            tol, _limit(inputs.q, max_iters), block_size,
+            inputs, grad, slope, lse, gradients.Wanted(*wanted), solver, block_size
         )
 
 
 def _backward_fake(
     grad: Tensor, slope: Tensor, lse: Tensor, wanted: list[bool], *rest: Any
 ) -> tuple[Tensor, ...]:
-    named = dict(zip(_NAMES, rest[:9], strict=True))
+    named = dict(zip(_NAMES, rest[:_COUNT], strict=True))
     q = named["q"]
     return tuple(
         named[name].new_empty(named[name].shape) if want else q.new_empty(0)
@@ -84,8 +98,8 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, slope, lse, _, _ = output
-    ctx.save_for_backward(*inputs[:9], slope, lse)
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:_COUNT], slope, lse)
+    ctx.options = inputs[_COUNT:]
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -102,7 +116,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "local_linear_attention: the blockwise form is differentiable once; "
+        "local linear attention, or Parallax: the blockwise form is differentiable once; "
         "use impl='reference' for derivatives of the gradient"
     )
 
@@ -121,17 +135,19 @@ def _batch_of(q: Tensor, axis: int | None) -> int:
 
 def _forward_vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
     count, batch = info.batch_size, _batch_of(arguments[0], axes[0])
-    operands = [_batched(x, a, count, batch) for x, a in zip(arguments[:9], axes, strict=False)]
-    results = local_linear_fwd(*operands, *arguments[9:])
+    pairs = zip(arguments[:_COUNT], axes, strict=False)
+    operands = [_batched(x, axis, count, batch) for x, axis in pairs]
+    results = local_linear_fwd(*operands, *arguments[_COUNT:])
     return tuple(x.unflatten(0, (count, batch)) for x in results), (0,) * len(results)
 
 
 def _backward_vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
     count, batch, wanted = info.batch_size, _batch_of(arguments[4], axes[4]), arguments[3]
-    places = (0, 1, 2, *range(4, 13))
+    last = 4 + _COUNT
+    places = (0, 1, 2, *range(4, last))
     tensors = [_batched(arguments[i], axes[i], count, batch) for i in places]
-    grads = _bwd(*tensors[:3], wanted, *tensors[3:], *arguments[13:])
-    named = dict(zip(_NAMES, zip(arguments[4:13], axes[4:13], strict=True), strict=True))
+    grads = _bwd(*tensors[:3], wanted, *tensors[3:], *arguments[last:])
+    named = dict(zip(_NAMES, zip(arguments[4:last], axes[4:last], strict=True), strict=True))
     results = []
     for name, grad, want in zip(_GRADIENTS, grads, wanted, strict=True):
         if want:
@@ -146,7 +162,7 @@ def _backward_vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
 _bwd = define(
     "local_linear_bwd",
     "(Tensor grad, Tensor slope, Tensor lse, bool[] wanted, "
-    f"{_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPERANDS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_GRADIENTS))})",
     _backward,
     _backward_fake,
     backward=_no_double_backward,

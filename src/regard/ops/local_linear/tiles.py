@@ -8,147 +8,45 @@ tile by tile. Keys are centred once: scores, covariances and slopes see k - cent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.core.decay import DecaySums
-from regard.core.precision import compute_dtype
 from regard.core.visibility import Visibility
+from regard.ops.local_linear import gemm
+from regard.ops.local_linear.layout import TILE_KEYS, Block, Hidden, Inputs, Part, Workspace
 
+LOG2E = 1 / math.log(2.0)
 ROWS = 128  # rows (query heads of a group x queries) of a block
+LONG = 2048  # keys from which blocks are twice as high
 FEWEST_ROWS = 16
 PANEL = 1 << 22  # elements of the weights of one block, over all heads taken together
-TILE_KEYS = 2048  # keys of one product
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the registered ops receive, with the names that this folder uses.
-
-    `ridge` [B | 1, H | 1, T | 1] and `scale` [B | 1, H | 1] are in the compute dtype.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    ridge: Tensor
-    scale: Tensor
-    key_mask: Tensor | None
-    key_bias: Tensor | None
-    decay: DecaySums | None
-    causal: bool
-    window: tuple[int, int]
-    absolute: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return compute_dtype(self.q.dtype)
-
-    @property
-    def group(self) -> int:
-        """Query heads per key head."""
-        return self.q.shape[1] // self.k.shape[1]
-
-    @property
-    def visibility(self) -> Visibility:
-        return Visibility(
-            self.q.shape[2], self.k.shape[2], self.causal, self.window, self.key_mask,
-            self.key_bias, self.decay, heads=self.q.shape[1], device=self.q.device,
-        )
-
-    @property
-    def ridge_rows(self) -> Tensor:
-        """[B, H, T, 1], a view."""
-        return self.ridge.expand(self.q.shape[:3])[..., None]
-
-    @property
-    def scale_rows(self) -> Tensor:
-        """[B, H, T, 1], a view."""
-        return self.scale.expand(self.q.shape[:2])[:, :, None, None].expand(*self.q.shape[:3], 1)
-
-
-class Part(NamedTuple):
-    """Batch rows [b0, b1) and key heads [h0, h1)."""
-
-    b0: int
-    b1: int
-    h0: int
-    h1: int
-
-
-class Hidden(NamedTuple):
-    """Columns [c0, c1) of a block in which the keys at `where` are not seen."""
-
-    c0: int
-    c1: int
-    where: Tensor
-
-
-@dataclass(frozen=True)
-class Block:
-    """Queries [i0, i1) against keys [low, high), and which of those position hides."""
-
-    i0: int
-    i1: int
-    low: int
-    high: int
-    hidden: tuple[Hidden, ...]
-
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """Columns [c0, c1) of the products, counted from `low`."""
-        count = self.high - self.low
-        for c0 in range(0, count, TILE_KEYS):
-            yield c0, min(c0 + TILE_KEYS, count)
-
-    def blank(self, product: Tensor, shape: tuple[int, ...], c0: int, c1: int) -> None:
-        """Zeroes hidden entries of a product over columns [c0, c1).
-
-        Weights are zero there, but 0 * inf is not: a later key may be any finite number.
-        """
-        for hidden in self.hidden:
-            left, right = max(c0, hidden.c0), min(c1, hidden.c1)
-            if left < right:
-                where = hidden.where[..., left - hidden.c0 : right - hidden.c0]
-                product.view(*shape, c1 - c0)[..., left - c0 : right - c0].masked_fill_(where, 0.0)
-
-
-class Workspace:
-    """Named scratch memory that blocks take turns in, so that it is mapped only once."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._like, self._dtype = like, dtype
-        self._flat: dict[str, Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor of that shape; the previous one of that name is given up."""
-        count = 1
-        for size in shape:
-            count *= size
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < count:
-            flat = self._flat[name] = self._like.new_empty(count, dtype=self._dtype)
-        return flat[:count].view(shape)
 
 
 def block_rows(inputs: Inputs, block_size: int) -> int:
     """Queries per block: from the sizes of one head only, never from the number of heads."""
     T, S, group = inputs.q.shape[2], inputs.k.shape[2], inputs.group
     if block_size <= 0:
-        rows = ROWS if inputs.causal else min(max(ROWS, (ROWS << 12) // max(S, 1)), 8 * ROWS)
-        rows = min(rows, max(FEWEST_ROWS, PANEL // max(S, 1)))
+        rows = ROWS if S < LONG else 2 * ROWS
+        if not inputs.causal:
+            rows = min(max(rows, (ROWS << 12) // max(S, 1)), 8 * ROWS)
+        rows = min(rows, max(FEWEST_ROWS, PANEL // 2 // max(S, 1)))
         block_size = max(1, rows // group)
     return min(block_size, max(T, 1))
 
 
 def parts(inputs: Inputs, rows: int) -> list[Part]:
     """Heads taken together, as many as the memory budget allows."""
-    B, Hk, S = inputs.k.shape[:3]
-    heads = max(1, PANEL // max(1, rows * inputs.group * S))
+    B, Hk, S, D = inputs.k.shape
+    per_row = max(1, S, D * inputs.width // 2)  # its weights, or its covariance
+    heads = max(1, PANEL // max(1, rows * inputs.group * per_row))
+    if gemm.serves(inputs.q, inputs.dtype, rows * inputs.group, S):
+        heads = 1
     if heads >= Hk:
         step = heads // Hk
         return [Part(b, min(b + step, B), 0, Hk) for b in range(0, B, step)]
@@ -158,7 +56,7 @@ def parts(inputs: Inputs, rows: int) -> list[Part]:
 class Heads:
     """One part of the heads: its centred keys, its visibility, and the products over a block."""
 
-    def __init__(self, inputs: Inputs, part: Part, space: Workspace) -> None:
+    def __init__(self, inputs: Inputs, part: Part, rows: int, space: Workspace) -> None:
         self.part, self.space, self.dtype = part, space, inputs.dtype
         self.group = inputs.group
         b0, b1, h0, h1 = part
@@ -168,12 +66,22 @@ class Heads:
         mask = self.visibility.key_mask
         if mask is not None:
             k, v = (torch.where(mask[:, None, :, None], x, 0.0) for x in (k, v))
-        self.centre = _centre(k, mask, self.visibility.reach != (-1, -1))
+        self.intercept, self.width = inputs.intercept, inputs.width
+        if inputs.intercept:
+            self.centre = centre_of(k, mask, self.visibility.reach != (-1, -1))
+        else:
+            self.centre = torch.zeros_like(k[:, :, :1])
         k = k - self.centre
         if mask is not None:
             k = torch.where(mask[:, None, :, None], k, 0.0)
         self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
         self.centre = self.centre.flatten(0, 1)  # [n, 1, D]
+        one = self.k.shape[0] == 1
+        self.onednn = one and gemm.serves(self.k, self.dtype, rows * self.group, k.shape[2])
+        self.k_and_one = self.k
+        if self.onednn:  # a product with a constant per row added to it
+            self.k_and_one = torch.nn.functional.pad(self.k, (0, 1), value=1.0)
+        self.outer: tuple[slice, Tensor] | None = None  # of the keys of some heads, if they fit
 
     def rows(self, x: Tensor, block: Block) -> Tensor:
         """The block's rows of x [B, H, T, X] as [n, M, X], in the compute dtype."""
@@ -182,10 +90,20 @@ class Heads:
         rows = self.group * cut.shape[2]
         return cut.to(self.dtype).reshape(n, rows, cut.shape[3])
 
-    def put(self, target: Tensor, block: Block, rows: Tensor) -> None:
-        """Writes rows [n, M, X] to their place in target [B, H, T, X]."""
+    def put(
+        self, target: Tensor, block: Block, rows: Tensor, only: Tensor | None = None
+    ) -> None:
+        """Writes rows [n, M, X] to their place in target [B, H, T, X]; all, or `only` [n, M, 1]."""
         cut = self._cut(target, block)
-        cut.copy_(rows.view(cut.shape))
+        new = rows.view(cut.shape)
+        if only is not None:
+            new = torch.where(only.view(*cut.shape[:3], 1), new.to(target.dtype), cut)
+        cut.copy_(new)
+
+    def flags(self, x: Tensor, block: Block) -> Tensor:
+        """The block's rows of a bool tensor [B, H, T] as [n, M, 1]."""
+        cut = self._cut(x[..., None], block)
+        return cut.reshape(-1, self.group * cut.shape[2], 1)
 
     def _cut(self, x: Tensor, block: Block) -> Tensor:
         b0, b1, h0, h1 = self.part
@@ -224,31 +142,94 @@ class Heads:
         return [(a - low, b - low) for a, b in pairwise(edges) if a < b]
 
     def scores(self, block: Block, queries: Tensor) -> Tensor:
-        """Scaled queries [n, M, D] against the block's keys, -inf where a key is not seen."""
-        out = self.space.take("weights", *queries.shape[:2], block.high - block.low)
-        for c0, c1 in block.tiles():
-            torch.bmm(queries, self.keys(block, c0, c1).mT, out=out[:, :, c0:c1])
+        """Scaled queries [n, M, D] against the block's keys, -inf where a key is not seen.
+
+        In bits, to the base of 2: torch's exp2 is four times faster than its exp.
+        """
+        queries = queries * LOG2E
+        count = block.high - block.low
+        if self.onednn and count <= TILE_KEYS:
+            out = self.product(block, queries, 0, count)
+        else:
+            out = self.space.take("weights", *queries.shape[:2], count)
+            for c0, c1 in block.tiles():
+                if self.onednn:
+                    out[:, :, c0:c1] = self.product(block, queries, c0, c1)
+                else:
+                    torch.bmm(queries, self.keys(block, c0, c1).mT, out=out[:, :, c0:c1])
         unfolded = out.view(*self.shape(block), -1)
         for c0, c1 in self._segments(block.i0, block.i1, block.low, block.high):
             columns = (block.low + c0, block.low + c1)
             tile = self.visibility.tile((block.i0, block.i1), columns, self.dtype)
             if tile.bias is not None:
-                unfolded[..., c0:c1].add_(tile.bias)
+                unfolded[..., c0:c1].add_(tile.bias, alpha=LOG2E)
             if tile.mask is not None:
                 unfolded[..., c0:c1].masked_fill_(~tile.mask, -torch.inf)
         return out
 
     def product(self, block: Block, rows: Tensor, c0: int, c1: int, name: str = "tile") -> Tensor:
-        """Rows [n, M, X] times the keys or values of a tile, in scratch memory."""
-        out = self.space.take(name, *rows.shape[:2], c1 - c0)
-        return torch.bmm(rows, self.keys(block, c0, c1).mT, out=out)
+        """Rows [n, M, D] times the keys of a tile, in memory that may be written over."""
+        return self.times(rows, self.keys(block, c0, c1), name)
+
+    def times(self, rows: Tensor, matrix: Tensor, name: str) -> Tensor:
+        """rows [n, M, X] times the transpose of matrix [n, keys, X], likewise."""
+        if self.onednn:
+            return gemm.times(rows[0], matrix[0])[None]
+        out = self.space.take(name, *rows.shape[:2], matrix.shape[1])
+        return torch.bmm(rows, matrix.mT, out=out)
+
+    def plus(self, block: Block, tile: Tensor, rows: Tensor, c0: int, c1: int) -> Tensor:
+        """A tile plus rows times its keys; the tile is given up."""
+        if self.onednn:
+            return gemm.times_and_add(rows[0], self.keys(block, c0, c1)[0], tile[0])[None]
+        return tile.baddbmm_(rows, self.keys(block, c0, c1).mT)
+
+    def weighted(
+        self, block: Block, weights: Tensor, rows: Tensor, constant: Tensor, c0: int, c1: int
+    ) -> Tensor:
+        """weights_j (rows . k_j + constant) of a tile, 0 where hidden; constant is [n, M, 1]."""
+        w = weights[:, :, c0:c1]
+        if self.onednn:
+            both = torch.cat([rows, constant], 2)
+            at = slice(block.low + c0, block.low + c1)
+            tile = gemm.times_and_weigh(both[0], self.k_and_one[0, at], w[0])[None]
+        else:
+            tile = self.product(block, rows, c0, c1).add_(constant).mul_(w)
+        self.blank(block, tile, c0, c1)
+        return tile
+
+    def collect(self, total: Tensor, tile: Tensor, matrix: Tensor) -> None:
+        """total [n, M, X] += tile [n, M, keys] times the keys or values [n, keys, X] of a tile."""
+        if self.onednn:
+            total[0].add_(gemm.times(tile[0], matrix[0].t()))
+        else:
+            total.baddbmm_(tile, matrix)
+
+    def collect_columns(
+        self, total: Tensor, tile: Tensor, rows: Tensor, sign: float = 1.0
+    ) -> None:
+        """total [n, keys, X] += sign tile^T [n, keys, M] rows [n, M, X]."""
+        if self.onednn:
+            product = gemm.times(rows[0].t(), tile[0].t())  # the other way round: twice as fast
+            total[0].add_(product.t(), alpha=sign)
+        else:
+            total.baddbmm_(tile.mT, rows, alpha=sign)
+
+    def blank(self, block: Block, product: Tensor, c0: int, c1: int) -> None:
+        """Zeroes what position hides of a product over columns [c0, c1) of the block."""
+        block.blank(product, self.shape(block), c0, c1)
 
     def mean_key(self, block: Block, weights: Tensor) -> Tensor:
-        """sum_j weights_j k_j, [n, M, D]."""
+        """sum_j weights_j k_j, [n, M, D]; 0 without an intercept."""
         total = weights.new_zeros(*weights.shape[:2], self.k.shape[2])
-        for c0, c1 in block.tiles():
-            total.baddbmm_(weights[:, :, c0:c1], self.keys(block, c0, c1))
+        for c0, c1 in block.tiles() if self.intercept else ():
+            self.collect(total, weights[:, :, c0:c1], self.keys(block, c0, c1))
         return total
+
+    def offset(self, g: Tensor, mean: Tensor) -> Tensor:
+        """What is left of 1 - g . (k - mean) at k = 0; 0 - g . k without an intercept."""
+        at_mean = (g * mean).sum(-1, keepdim=True)
+        return 1 + at_mean if self.intercept else at_mean
 
     def covariance(self, block: Block, weights: Tensor, mean: Tensor, x: Tensor) -> Tensor:
         """sum_j weights_j (x . (k_j - mean)) k_j: the weighted covariance applied to x.
@@ -256,20 +237,35 @@ class Heads:
         The mean is taken off before the second product, not after: that is what keeps float32
         accurate where the keys that a row looks at lie far from the common centre.
         """
-        shift = (x * mean).sum(-1, keepdim=True)
         total = torch.zeros_like(x)
-        for c0, c1 in block.tiles():
-            tile = self.product(block, x, c0, c1).sub_(shift).mul_(weights[:, :, c0:c1])
-            block.blank(tile, self.shape(block), c0, c1)
-            total.baddbmm_(tile, self.keys(block, c0, c1))
+        if self.width == x.shape[2]:
+            shift = -(x * mean).sum(-1, keepdim=True)
+            for c0, c1 in block.tiles():
+                tile = self.weighted(block, weights, x, shift, c0, c1)
+                self.collect(total, tile, self.keys(block, c0, c1))
+            return total
+        for at in self.spans():
+            part, goal = x[..., at], total[..., at]
+            shift = (part * mean[..., at]).sum(-1, keepdim=True)
+            for c0, c1 in block.tiles():
+                keys = self.keys(block, c0, c1)[..., at]
+                tile = self.space.take("tile", *x.shape[:2], c1 - c0)
+                torch.bmm(part, keys.mT, out=tile).sub_(shift).mul_(weights[:, :, c0:c1])
+                block.blank(tile, self.shape(block), c0, c1)
+                goal.baddbmm_(tile, keys)
         return total
+
+    def spans(self) -> list[slice]:
+        """The channels of each diagonal block of the covariance."""
+        D = self.k.shape[2]
+        return [slice(c, c + self.width) for c in range(0, D, self.width)]
 
 
 def walk(inputs: Inputs, block_size: int, space: Workspace) -> Iterator[tuple[Heads, Block]]:
     """All blocks that see any key, part after part."""
     rows, T = block_rows(inputs, block_size), inputs.q.shape[2]
     for part in parts(inputs, rows):
-        heads = Heads(inputs, part, space)
+        heads = Heads(inputs, part, rows, space)
         for i0 in range(0, T, rows):
             block = heads.block(i0, min(i0 + rows, T))
             if block is not None:
@@ -298,7 +294,7 @@ def _narrow(inputs: Inputs, part: Part) -> Visibility:
     )
 
 
-def _centre(k: Tensor, mask: Tensor | None, banded: bool) -> Tensor:
+def centre_of(k: Tensor, mask: Tensor | None, banded: bool) -> Tensor:
     """The shared centre [b, heads, 1, D] of keys whose masked ones are zero.
 
     The mean where every query sees every real key; otherwise the first real key, which no

@@ -1,55 +1,17 @@
-"""The pictures of a report, drawn by matplotlib (imported here only) and inlined as SVG."""
+"""The pictures of a comparison."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.bench.compare.cost import SDPA
-from regard.bench.compare.result import LAST_VALUE, LLA, RIDGE, Result
+from regard.bench.compare.result import LLA, RIDGE, Result
+from regard.bench.report.plotting import COLUMNS, Picture, colour, figure, source_of
 
 SHOWN_ROWS = 120
-WIDTH = 5.6
-COLUMNS = 3
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "regard",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e7ea",
-    "lines.linewidth": 1.5,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
-COLOURS = {
-    LLA: "#0b6fa4",
-    "softmax": "#d1495b",
-    RIDGE: "#2e8b57",
-    LAST_VALUE: "#8d99a6",
-    "seasonal naive": "#b8860b",
-    "linear": "#7b5ea7",
-    SDPA: "#4d565f",
-}
-OTHERS = ("#c2571a", "#3c9d9b", "#a3527f", "#5b7f2b", "#6b4f3a")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image as a data URL, with what it shows in words."""
-
-    name: str
-    source: str
-    alt: str
-    caption: str
 
 
 def draw(result: Result) -> list[Picture]:
@@ -58,27 +20,8 @@ def draw(result: Result) -> list[Picture]:
     return [picture for picture in drawn if picture is not None]
 
 
-@contextmanager
-def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height))
-        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _source(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=110)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _colour(result: Result, name: str) -> str:
-    if name in COLOURS:
-        return COLOURS[name]
-    others = [entry.name for entry in result.entries if entry.name not in COLOURS]
-    return OTHERS[others.index(name) % len(OTHERS)]
+    return colour(name, [entry.name for entry in result.entries])
 
 
 def _unit(result: Result) -> str:
@@ -91,7 +34,7 @@ def _horizons(result: Result) -> Picture | None:
     ]
     if not entries:
         return None
-    with _figure(3.6) as (figure, axes):
+    with figure(3.6) as (drawing, axes):
         plot = axes[0, 0]
         for entry in entries:
             known = [s for s in entry.scores if s.relative is not None]
@@ -108,8 +51,8 @@ def _horizons(result: Result) -> Picture | None:
         plot.set_xlabel("horizon, rows ahead")
         plot.set_ylabel("error over that of the last value")
         plot.set_ylim(bottom=0, top=_top(entries))
-        figure.legend(loc="outside upper center", ncols=COLUMNS, fontsize=9)
-        source = _source(figure)
+        drawing.legend(loc="outside upper center", ncols=COLUMNS, fontsize=9)
+        source = source_of(drawing)
     best = "; ".join(f"horizon {h}: {result.best(h)}" for h in result.horizons)
     caption = "Error by horizon. Above the frame: more than 1.5 times that of the last value."
     return Picture("horizons", source, f"Error by horizon. Least error, {best}.", caption)
@@ -136,7 +79,7 @@ def _forecast(result: Result) -> Picture | None:
     if not names:
         return None
     panels = _panels(result)
-    with _figure(2.5 * len(panels) + 0.6, len(panels)) as (figure, axes):
+    with figure(2.5 * len(panels) + 0.6, len(panels)) as (drawing, axes):
         for plot, horizon in zip(axes[:, 0], panels, strict=True):
             own = result.forecasts[horizon]
             cut = slice(max(0, len(own.rows) - SHOWN_ROWS), None)
@@ -152,8 +95,8 @@ def _forecast(result: Result) -> Picture | None:
             plot.set_ylabel(_unit(result))
             _time_ticks(plot, result, rows)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=COLUMNS, fontsize=9)
-        source = _source(figure)
+        drawing.legend(handles, labels, loc="outside upper center", ncols=COLUMNS, fontsize=9)
+        source = source_of(drawing)
     count = min(SHOWN_ROWS, len(result.forecasts[panels[0]].rows))
     caption = f"Forecast against truth, the last {count} rows of the test."
     alt = f"Lines of the truth and of the forecasts of {', '.join(names)} over the {count} rows."
@@ -181,7 +124,7 @@ def _along(result: Result) -> Picture | None:
         return None
     panels = _panels(result)
     span = max(4, len(result.forecasts[panels[0]].rows) // 12)
-    with _figure(2.4 * len(panels) + 0.6, len(panels)) as (figure, axes):
+    with figure(2.4 * len(panels) + 0.6, len(panels)) as (drawing, axes):
         for plot, horizon in zip(axes[:, 0], panels, strict=True):
             own = result.forecasts[horizon]
             for name in reversed(names):
@@ -193,8 +136,8 @@ def _along(result: Result) -> Picture | None:
             plot.set_ylim(bottom=0)
             _time_ticks(plot, result, own.rows)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=COLUMNS, fontsize=9)
-        source = _source(figure)
+        drawing.legend(handles, labels, loc="outside upper center", ncols=COLUMNS, fontsize=9)
+        source = source_of(drawing)
     caption = f"Error along the test: root mean square over {span} rows."
     return Picture("along", source, f"Running error of {', '.join(names)} over the test.", caption)
 
@@ -213,7 +156,7 @@ def _running(squares: Tensor, scored: Tensor, span: int) -> Tensor:
 def _cost(result: Result) -> Picture | None:
     if not result.costs:
         return None
-    with _figure(3.4, 1, 2) as (figure, axes):
+    with figure(3.4, 1, 2) as (drawing, axes):
         for cost in result.costs:
             colour = _colour(result, cost.name)
             style = {"color": colour, "marker": "o", "markersize": 4, "label": cost.name}
@@ -229,8 +172,8 @@ def _cost(result: Result) -> Picture | None:
         axes[0, 0].set_yscale("log")
         axes[0, 1].set_ylim(bottom=0)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=COLUMNS, fontsize=9)
-        source = _source(figure)
+        drawing.legend(handles, labels, loc="outside upper center", ncols=COLUMNS, fontsize=9)
+        source = source_of(drawing)
     words = "; ".join(
         f"{c.name} {1000 * c.seconds[-1]:.3g} ms at length {c.lengths[-1]}" for c in result.costs
     )
@@ -252,7 +195,7 @@ def _slopes(result: Result) -> Picture | None:
         "vmax": bound,
         "interpolation": "nearest",
     }
-    with _figure(3.6, 1, 2, width_ratios=(12, 1), sharey=True) as (figure, axes):
+    with figure(3.6, 1, 2, width_ratios=(12, 1), sharey=True) as (drawing, axes):
         left, right = axes[0]
         image = left.imshow(found.slopes.T.numpy(), extent=extent, **picture)
         left.grid(False)
@@ -268,8 +211,8 @@ def _slopes(result: Result) -> Picture | None:
         right.grid(False)
         right.set_xticks([])
         right.set_title("ridge", fontsize=10)
-        figure.colorbar(image, ax=axes[0].tolist(), shrink=0.9)
-        source = _source(figure)
+        drawing.colorbar(image, ax=axes[0].tolist(), shrink=0.9)
+        source = source_of(drawing)
     strongest = int(found.slopes.abs().mean(0).argmax()) + first
     alt = (
         f"Heat map of the slopes of LLA over time and lag; on average the largest is at lag "

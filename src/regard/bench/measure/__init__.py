@@ -1,0 +1,1 @@
+"""What every measurement shares: clocks, a sentinel, memory, fresh processes, plain data."""
