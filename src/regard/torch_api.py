@@ -108,7 +108,7 @@ def scaled_dot_product_attention(
             raise reject(OP, "query", accepted, query)
         given["key_mask"] = (torch.arange(T, device=q.device) < S).expand(q.shape[0], T)
         k, v = (pad(t, (0, 0, 0, T - S)) for t in (k, v))
-    out = card.op(q, k, v, causal=is_causal, **given)
+    out = card.op(q=q, k=k, v=v, causal=is_causal, **given)
     return out.reshape(*lead, T, v.shape[3])
 
 

@@ -51,7 +51,7 @@ def test_is_the_op_between_projections(card, pattern):
     q = layer.q_proj(x).view(2, 5, HEADS, -1).transpose(1, 2)
     k, v = (p(source).view(2, -1, 2, 4).transpose(1, 2) for p in (layer.k_proj, layer.v_proj))
     given = {**card.cases[0].options, **layer.operands(x, source)}
-    out = card.op(q, k, v, causal=pattern.causal, **given).transpose(1, 2).reshape(2, 5, DIM)
+    out = card.op(q=q, k=k, v=v, causal=pattern.causal, **given).transpose(1, 2).reshape(2, 5, DIM)
     expected = layer.o_proj(out * layer.g_proj(x).sigmoid())
     check_close(card, y, expected, "same")
 

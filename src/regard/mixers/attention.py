@@ -172,7 +172,7 @@ class Attention(nn.Module):
             given["state"] = state["attention"]
         if return_state:
             given["return_state"] = True
-        result = self.card.op(q, k, v, causal=self.causal and not cross, **given)
+        result = self.card.op(q=q, k=k, v=v, causal=self.causal and not cross, **given)
         out, after = result if return_state else (result, None)
         y = self._project(out, x, None if cross else key_mask)
         if after is None:

@@ -45,7 +45,7 @@ def make_call(description: dict[str, Any], length: int) -> Callable[[], Any]:
     card = regard.mechanisms[description["mechanism"]]
     scales = None if description["scale"] is None else (description["scale"],)
     named = arguments(card, keys, scales, description["options"])
-    return lambda: card.op(keys, keys, values, **named)
+    return lambda: card.op(q=keys, k=keys, v=values, **named)
 
 
 def measure(description: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def predict(
         named["key_mask"] = mask
     q = q.expand(1, len(scales or (1.0,)), -1, -1)
     with torch.no_grad():
-        return card.op(q, k, v, **named)[0, :, :, 0]
+        return card.op(q=q, k=k, v=v, **named)[0, :, :, 0]
 
 
 def reference_tail(
