@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -115,6 +116,8 @@ def test_partial_result_is_valid() -> None:
         ({"mechanisms": ["softmx"]}, KeyError, "did you mean 'softmax'"),
         ({"embedding": "relativ"}, ValueError, "embedding must be one of"),
         ({"threads": 0}, ValueError, "threads must be an int of at least 1"),
+        ({"mechanisms": "softmax"}, TypeError, "compare: mechanisms must be a sequence of names"),
+        ({"season": 162}, ValueError, "compare: season must be from 1 to 161, the rows"),
         ({"lags": 200}, ValueError, "at least"),
     ],
 )
@@ -123,6 +126,78 @@ def test_bad_arguments(options: dict, error: type[Exception], words: str) -> Non
         compare("sunspots", **options)
     with pytest.raises(TypeError, match="series must be a name, a path, or numbers"):
         compare(object())
+
+
+def periodic(rows: int = 200) -> list[float | None]:
+    return [float((3, 1, 4, 1, 5, 9, 2, 6)[row % 8]) for row in range(rows)]
+
+
+def test_none_is_a_gap() -> None:
+    numbers = periodic()
+    numbers[0] = numbers[190] = None
+    result = compare(
+        numbers, lags=3, horizons=(1,), mechanisms=["softmax"], cost_lengths=(), threads=1
+    )
+    assert result.series["gaps"] == {"training": 1, "validation": 0, "test": 1}
+    assert result.series["scored"] == 39
+    assert "the last 40 as the test, of which 39 are measured and scored" in str(result)
+    assert "(39 points; < is best)" in str(result)
+    assert "Least error over 39 scored points" in result.findings[0]
+    assert "error vs float64, last 16 rows" in str(result)
+
+
+def test_errors_of_zero_are_said_in_words() -> None:
+    result = compare(
+        periodic(), lags=3, horizons=(1, 2), mechanisms=["local_linear"], season=8, cost_lengths=()
+    )
+    assert result.rmse("seasonal naive", 1) == 0
+    said = " ".join(result.findings)
+    assert "seasonal naive at horizon 1 (an error of 0) and 2 (an error of 0)." in said
+    assert re.search(r"to seasonal naive at horizon 1 \(\S+ against an error of 0", said)
+    assert "inf" not in said
+    for score in result.entry(RIDGE).scores:  # type: ignore[union-attr]
+        score_of_zero = replace(score, rmse=0.0)
+        scores = result.entry(RIDGE).scores  # type: ignore[union-attr]
+        scores[scores.index(score)] = score_of_zero
+    assert re.search(
+        rf"that of {RIDGE}: \S+ against 0 at horizon 1, \S+ against 0 at horizon 2\.",
+        " ".join(findings(result)),
+    )
+
+
+def test_errors_of_zero_that_are_equal() -> None:
+    numbers = [4.0 if row >= 150 else x for row, x in enumerate(periodic())]
+    result = compare(
+        numbers, lags=3, horizons=(1,), mechanisms=["softmax"], season=8, cost_lengths=()
+    )
+    assert result.findings[0].endswith(
+        "last value at horizon 1 (an error of 0, like seasonal naive)."
+    )
+    assert re.search(r"last value +0.00 <\n", str(result))
+    assert re.search(r"seasonal naive +0.00 <\n", str(result))
+    from regard.bench.compare.page import render
+
+    assert "an error of 0, like seasonal naive" in render(result)
+
+
+def test_forecasts_that_overflow_are_skipped() -> None:
+    """What came in the test stretch is beyond float32 after standardisation, but finite."""
+    numbers = [x for x in periodic() if x is not None]
+    numbers[170:] = [1e60 * x for x in numbers[170:]]
+    result = compare(numbers, lags=3, horizons=(1,), mechanisms=["softmax"], cost_lengths=())
+    assert "softmax" in result.skipped
+    errors = [score.rmse for entry in result.entries for score in entry.scores]
+    assert errors
+    assert max(errors) < 1e70
+    for size in (1e200, 1e-200):
+        with pytest.raises(ValueError, match="squares (over|under)flow"):
+            compare([size * x for x in periodic() if x is not None], lags=3, horizons=(1,))
+    scaled = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    other = scaled.flip(0) * 1.1
+    for size in (1e120, 1e-120):
+        assert loss_difference(size * scaled, size * other, 2) == pytest.approx(
+            loss_difference(scaled, other, 2)
+        )
 
 
 def test_threads_are_given_back() -> None:

@@ -38,6 +38,9 @@ def folder(tmp_path: Path) -> Path:
     write("short.csv", [f"d{i},{x}" for i, x in enumerate(wave[:30])])
     write("constant.csv", [f"d{i},5" for i in range(200)])
     write("words.csv", [f"d{i},warm" for i in range(200)])
+    loads = [f"{i},{x if i != 7 else 'oops'}" for i, x in enumerate(wave)]
+    (tmp_path / "loads.csv").write_text("t,load\n" + "\n".join(loads), encoding="utf-8")
+    write("late.csv", [f"d{i},{x if i < 190 else ''}" for i, x in enumerate(wave)])
     (tmp_path / "semicolons.csv").write_text("date;temp\nd;1,5\n", encoding="utf-8")
     return tmp_path
 
@@ -81,6 +84,9 @@ def test_chosen_mechanisms_only(folder: Path) -> None:
         (["short.csv"], "at least 162 are needed"),
         (["constant.csv"], "constant"),
         (["gaps.csv"], "at most a fifth"),
+        (["loads.csv"], "column 'load' of loads.csv is not numeric: row 8 holds 'oops'"),
+        (["late.csv"], "has 30 values in the 40 rows of the last fifth"),
+        (["good.csv", "--season", "5000"], "season must be from 1 to 94"),
         (["--mechanisms", "local_liner"], "did you mean 'local_linear'"),
         (["--mechanisms", ","], "names separated by commas"),
         (["--horizon", "1,x"], "whole numbers"),

@@ -52,7 +52,11 @@ def test_column_choice(tmp_path: Path) -> None:
 
 
 def test_only_column_may_count(tmp_path: Path) -> None:
-    assert read_csv(write(tmp_path, "day,steps\n1,10\n2,11\n3,15\n")).column == "steps"
+    assert read_csv(write(tmp_path, "steps\n10\n11\n15\n")).column == "steps"
+    both = write(tmp_path, "day,steps\n1,10\n2,11\n3,15\n")
+    with pytest.raises(SeriesError, match="choose with --column day or --column steps"):
+        read_csv(both)
+    assert read_csv(both, "steps").column == "steps"
     single = read_csv(write(tmp_path, "x\n1\n\n3\n"))
     assert single.column == "x"
     assert single.values.isnan().tolist() == [False, True, False]
@@ -80,6 +84,24 @@ def test_bad_files(tmp_path: Path, text: str, column: str | None, words: str) ->
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["0,1.5", "1,oops", "2,0.5"], "column 'load' of .* row 2 holds 'oops'"),
+        (["0,1.5", ",inf", "2,0.5"], "column 'load' of .* row 2 holds 'inf'"),
+        (['0,"1,516"', '1,"1,410"', '2,"1,490"'], "column 'load' of .* row 1 holds '1,516'"),
+    ],
+)
+def test_an_index_is_never_forecast_unasked(tmp_path: Path, rows: list[str], words: str) -> None:
+    path = write(tmp_path, "\n".join(["t,load", *rows]))
+    with pytest.raises(SeriesError, match=f"{words}; t only counts upwards; .*--column t$"):
+        read_csv(path)
+    assert read_csv(path, "t").column == "t"
+    dated = write(tmp_path, "\n".join(["day,t,load", *(f"d,{row}" for row in rows)]), "dated.csv")
+    with pytest.raises(SeriesError, match=words):
+        read_csv(dated)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
     for path, words in ((tmp_path / "binary.csv", "not text in UTF-8"), (tmp_path, "cannot read")):
@@ -96,11 +118,26 @@ def test_series_that_cannot_be_used() -> None:
         "constant before the test": (torch.where(torch.arange(100) < 80, 1.0, wave), 50),
         r"21 gaps in 100 rows \(21%\)": (wave.index_fill(0, torch.arange(30, 51), NAN), 50),
         "no value in the last fifth": (wave.index_fill(0, torch.arange(80, 100), NAN), 50),
-    }
+        "19 values in the 20 rows of the last fifth": (
+            wave.index_fill(0, torch.arange(80, 81), NAN), 50,
+        ),
+        r"values up to 1.0e\+200: their squares overflow": (wave * 1e200, 50),
+        "spreads over 2.0e-200: squares underflow": (wave * 1e-200, 50),
+    }  # fmt: skip
     for words, (values, least) in cases.items():
         with pytest.raises(SeriesError, match=words):
             check_series(Series("s", values), Split.fifths(100), least)
     check_series(Series("s", wave.index_fill(0, torch.arange(20), NAN)), Split.fifths(100), 50)
+
+
+def test_a_fifth_of_the_test_stretch_may_be_missing() -> None:
+    wave = torch.sin(torch.arange(200.0).double())
+    fifth = wave.index_fill(0, torch.arange(160, 168), NAN)
+    check_series(Series("s", fifth), Split.fifths(200), 50)
+    with pytest.raises(SeriesError, match="has 31 values in the 40 rows of the last fifth"):
+        check_series(
+            Series("s", fifth.index_fill(0, torch.tensor([190]), NAN)), Split.fifths(200), 50
+        )
 
 
 def test_gaps_are_interpolated_in_training_only() -> None:

@@ -26,6 +26,8 @@ from regard.tasks.data import DATA_SETS
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "-", ".", "?"})
 MOST_GAPS = 0.2
 MOST_VALIDATION = 750
+LEAST_SCORED = 20
+LEAST_SPREAD, MOST_SIZE = 1e-140, 1e140  # beyond, squared errors leave the range of float64
 
 Stretch = Literal["training", "validation", "test"]
 
@@ -97,17 +99,8 @@ def load_series(what: str, column: str | None = None) -> Series:
         read = read_csv(data.path, column or data.column)
         if read.column != data.column:
             return read
-        return Series(
-            data.name,
-            read.values,
-            read.column,
-            read.times,
-            data.title,
-            data.unit,
-            data.step,
-            data.source,
-            data.licence,
-        )
+        about = (data.title, data.unit, data.step, data.source, data.licence)
+        return Series(data.name, read.values, read.column, read.times, *about)
     path = Path(what)
     if not path.exists():
         near = [] if path.suffix else get_close_matches(what, DATA_SETS, n=1)
@@ -121,14 +114,14 @@ def read_csv(path: Path, column: str | None = None) -> Series:
     """One column of a comma-separated file with a header, rows in time order.
 
     Without `column`, the first numeric one that does not just count upwards (a year, an index)
-    is taken. A first column that is not the chosen one names the rows. Empty cells, NA, NaN,
-    null and none are gaps.
+    is taken; one that does only if the file has no other. A first column that is not the chosen
+    one names the rows. Empty cells, NA, NaN, null and none are gaps.
     """
     header, rows = _table(path)
     cells = {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}
     parsed = {name: _numbers(texts) for name, texts in cells.items()}
     numeric = [name for name, numbers in parsed.items() if isinstance(numbers, list)]
-    chosen = _choose(path, column, header, numeric, parsed)
+    chosen = _choose(path, column, numeric, parsed, cells)
     values = torch.tensor(parsed[chosen], dtype=torch.float64)
     times = tuple(cells[header[0]]) if header[0] != chosen else ()
     others = tuple(name for name in numeric if name not in (chosen, header[0]))
@@ -200,11 +193,11 @@ def _numbers(texts: Sequence[str]) -> list[float] | str:
 def _choose(
     path: Path,
     column: str | None,
-    header: Sequence[str],
     numeric: Sequence[str],
     parsed: dict[str, list[float] | str],
+    cells: dict[str, list[str]],
 ) -> str:
-    listed = ", ".join(numeric) or "none"
+    header, listed = list(parsed), ", ".join(numeric) or "none"
     if column is not None and column not in header:
         near = get_close_matches(column, header, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -221,18 +214,31 @@ def _choose(
     if not numeric:
         raise SeriesError(f"{path} has no numeric column ({header[-1]!r}: {parsed[header[-1]]})")
     measured = [name for name in numeric if not _counts_upwards(parsed[name])]
-    return (measured or numeric[-1:])[0]
+    if measured or len(header) == 1:
+        return (measured or numeric)[0]
+    counting = f"{listed} only counts upwards" if len(numeric) == 1 else f"{listed} only count"
+    way = f"choose with --column {' or --column '.join(numeric)}"
+    if len(numeric) == len(header):
+        raise SeriesError(f"{path} has no column that is measured: {counting}; {way}")
+    # The one that is nearest to numbers, the last of those that are equally near.
+    meant = max(
+        reversed([name for name in header if name not in numeric]),
+        key=lambda name: sum(_number(text) is not None for text in cells[name]),
+    )
+    what = f"column {meant!r} of {path} is not numeric: {parsed[meant]}"
+    raise SeriesError(f"{what}; {counting}; {way}")
 
 
 def _counts_upwards(numbers: list[float] | str) -> bool:
-    """Whether a column has no gap and grows at every row: a date or an index."""
+    """Whether a column grows from each of its values to the next: a date or an index."""
     if isinstance(numbers, str):
         return False
-    return all(a < b for a, b in pairwise(numbers))
+    values = [number for number in numbers if not math.isnan(number)]
+    return len(values) > 1 and all(a < b for a, b in pairwise(values))
 
 
 def check_series(series: Series, split: Split, least_rows: int) -> None:
-    """Raises a `SeriesError` for a series that is too short, too gappy or constant."""
+    """Raises a `SeriesError` for a series too short, gappy, constant, large or small to score."""
     rows, missing = len(series), int((~series.observed).sum())
     what = f"column {series.column!r} of {series.name}"
     if rows < least_rows:
@@ -247,10 +253,27 @@ def check_series(series: Series, split: Split, least_rows: int) -> None:
     before = series.values[: split.test][series.observed[: split.test]]
     if len(before) == 0 or bool((before == before[0]).all()):
         raise SeriesError(f"{what} is constant before the test stretch; nothing can be learnt")
+    largest = float(series.values[series.observed].abs().max())
+    if largest > MOST_SIZE:
+        raise SeriesError(
+            f"{what} holds values up to {largest:.1e}: their squares overflow above {MOST_SIZE:g}"
+        )
+    spread = float(before.max() - before.min())
+    if spread < LEAST_SPREAD:
+        raise SeriesError(
+            f"{what} spreads over {spread:.1e}: squares underflow below {LEAST_SPREAD:g}"
+        )
     if not bool(series.observed[: split.validation].any()):
         raise SeriesError(f"{what} has no value in its first {split.validation} rows")
-    if not bool(series.observed[split.test :].any()):
+    tested = split.rows - split.test
+    scored = int(series.observed[split.test :].sum())
+    if scored == 0:
         raise SeriesError(f"{what} has no value in the last fifth, which is the test")
+    if scored < LEAST_SCORED or tested - scored > MOST_GAPS * tested:
+        raise SeriesError(
+            f"{what} has {scored} values in the {tested} rows of the last fifth, which is the "
+            f"test; at least {LEAST_SCORED} and four fifths of the rows are needed to score"
+        )
 
 
 def fill_gaps(values: Float[Tensor, " n"], split: Split) -> Float[Tensor, " n"]:

@@ -40,13 +40,15 @@ def compare(
     Args:
         series: the name of a shipped data set ("co2", "sunspots", "seattle-temps"), the path of
             a CSV file with a header, or a sequence, array or tensor of numbers in time order,
-            NaN for gaps.
+            NaN or None for gaps.
         column: of the CSV file; the first numeric one that does not just count by default.
+            One that counts is taken without being asked for only if the file has no other.
         lags: how many past values make a window, D.
         horizons: how many rows ahead to forecast; one regression each.
         mechanisms: names of cards; all that can be used without training by default.
         season: the period of the seasonal baseline; by default the highest peak of the
-            autocorrelation before the test stretch.
+            autocorrelation before the test stretch. At most the rows of the training stretch
+            less the longest horizon.
         cost_lengths: sequence lengths at which time and memory are measured, in one fresh
             process per mechanism; () measures nothing.
         seed: of the values in the cost measurement; nothing else is random.
@@ -60,7 +62,8 @@ def compare(
     Choosing looks at the last 3,000 rows before the test at most.
     Source: the statistic behind "within the noise" is that of Diebold and Mariano, Comparing
     predictive accuracy, 1995; the kernel is local linear regression, Fan and Gijbels 1996.
-    Limits: one series, equally spaced rows.
+    Limits: one series, equally spaced rows; at least 20 measured values in the test stretch,
+    and in four fifths of its rows.
     Raises: ValueError (`SeriesError`) for a series that cannot be used, KeyError for an unknown
     mechanism, ValueError or TypeError for arguments that do not fit.
 

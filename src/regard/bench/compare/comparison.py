@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,13 @@ from torch import Tensor
 import regard
 from regard.bench.compare import baselines, findings
 from regard.bench.compare.cost import LENGTHS, SDPA, measure_cost
-from regard.bench.compare.regressor import operands, predict, reference_tail, why_unusable
+from regard.bench.compare.regressor import (
+    TAIL,
+    operands,
+    predict,
+    reference_tail,
+    why_unusable,
+)
 from regard.bench.compare.result import (
     LAST_VALUE,
     LLA,
@@ -31,7 +38,7 @@ from regard.bench.compare.walk import Walk
 from regard.core.budgets import relative_error
 from regard.core.card import Card
 from regard.core.checks import check_choice, check_integer, reject
-from regard.tasks.series import Embedding, Lagged, Series, Split, check_series
+from regard.tasks.series import LEAST_SCORED, Embedding, Lagged, Series, Split, check_series
 
 Progress = Callable[[str, float, float], None]
 DTYPE = torch.float32
@@ -73,6 +80,10 @@ class Comparison:
         self.threads = threads or 1
         self.series, self.split = series, Split.fifths(len(series))
         check_series(series, self.split, least_rows(lags, self.horizons))
+        longest = self.split.validation - max(self.horizons)
+        if season is not None and season > longest:
+            accepted = f"from 1 to {longest}, the rows for training less the longest horizon"
+            raise reject(OP, "season", accepted, season)
         skipped: dict[str, str] = {}
         self.cards = self._cards(mechanisms, skipped)
         self.result = Result(
@@ -137,10 +148,16 @@ class Comparison:
             naive = [baselines.seasonal_naive(data, walk, season) for walk in tests]
             self._add(Entry(SEASONAL, "baseline", {"season": season}), tests, naive)
         start = time.perf_counter()
-        model, validation = baselines.AutoRegression.tuned(rehearsal, yardsticks)
+        try:
+            model, validation = baselines.AutoRegression.tuned(rehearsal, yardsticks)
+            seconds = time.perf_counter() - start
+            forecasts = [walk.forecasts(model.predict(walk)[0]) for walk in tests]
+        except RuntimeError:  # torch's LinAlgError
+            self.result.skipped[RIDGE] = "values far beyond those before them make it singular"
+            return
         entry = Entry(RIDGE, "baseline", {"ridge": model.ridge}, len(baselines.RIDGES), validation)
-        entry.seconds = time.perf_counter() - start
-        self._add(entry, tests, [walk.forecasts(model.predict(walk)[0]) for walk in tests])
+        entry.seconds = seconds
+        self._add(entry, tests, forecasts)
 
     def _mechanism(
         self,
@@ -175,35 +192,40 @@ class Comparison:
             self._step(f"{card.name}: against the float64 reference")
             entry.form = _form(card, tests[0], choice)
             entry.deviation = max(
-                relative_error(own[-16:], reference_tail(card, walk, choice.scales, choice.options))
+                relative_error(
+                    own[-TAIL:], reference_tail(card, walk, choice.scales, choice.options)
+                )
                 for own, walk in zip(outputs, tests, strict=True)
             )
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             self.result.skipped[card.name] = " ".join(str(error).split()) or type(error).__name__
             return None
         forecasts = [w.forecasts(own) for w, own in zip(tests, outputs, strict=True)]
-        self._add(entry, tests, forecasts)
-        return choice
+        return choice if self._add(entry, tests, forecasts) else None
 
-    def _add(self, entry: Entry, walks: Sequence[Walk], forecasts: Sequence[Tensor]) -> None:
-        for walk, own in zip(walks, forecasts, strict=True):
+    def _add(self, entry: Entry, walks: Sequence[Walk], forecasts: Sequence[Tensor]) -> bool:
+        """Scores a forecaster; one whose errors are not finite is skipped, and False returned."""
+        errors = [float(walk.rmse(own)) for walk, own in zip(walks, forecasts, strict=True)]
+        if not all(map(math.isfinite, errors)):
+            self.result.skipped[entry.name] = "its errors on the test stretch are not finite"
+            return False
+        for walk, own, rmse in zip(walks, forecasts, errors, strict=True):
             everything = self.result.forecasts[walk.horizon].by_name
             everything[entry.name] = own
-            rmse = float(walk.rmse(own))
             last = float(walk.rmse(everything[LAST_VALUE]))
             relative = rmse / last if last else None
             entry.scores.append(Score(walk.horizon, rmse, relative, int(walk.scored.sum())))
         self.result.entries.append(entry)
         self.after_entry(self.result)
+        return True
 
     def _slopes(self, data: Lagged, walk: Walk, choice: Choice | None) -> None:
-        if choice is None:
+        ridge = self.result.entry(RIDGE)
+        if choice is None or ridge is None:
             return
         rows = torch.linspace(0, len(walk.origins) - 1, min(SLOPE_ROWS, len(walk.origins)))
         rows = rows.round().long()
         slopes = local_slopes(walk, choice)[rows]
-        ridge = self.result.entry(RIDGE)
-        assert ridge is not None
         _, everywhere = baselines.AutoRegression(ridge.settings["ridge"]).predict(walk)
         unit = walk.pairs.scale / data.key_scale
         self.result.slopes = Slopes(
@@ -230,6 +252,8 @@ class Comparison:
 
     def _cards(self, names: Sequence[str] | None, skipped: dict[str, str]) -> list[Card]:
         gaps = not bool(self.series.observed.all())
+        if isinstance(names, str):
+            raise reject(OP, "mechanisms", "a sequence of names", names, kind=TypeError)
         if names is not None and not names:
             raise reject(OP, "mechanisms", "at least one name", list(names))
         chosen = [regard.mechanisms[name] for name in dict.fromkeys(names or regard.mechanisms)]
@@ -256,6 +280,7 @@ class Comparison:
             "licence": series.licence,
             "rows": len(series),
             "gaps": self.split.gaps(series.observed),
+            "scored": int(series.observed[self.split.test :].sum()),
             "other_columns": list(series.others),
         }
 
@@ -281,9 +306,9 @@ class Comparison:
 
 def least_rows(lags: int, horizons: Sequence[int]) -> int:
     """The shortest series whose training stretch holds twice as many complete pairs as lags,
-    and at least 20."""
+    and at least 20, and whose test stretch can be scored."""
     training = lags + max(horizons) + max(2 * lags, 20)
-    rows = training
+    rows = max(training, 5 * LEAST_SCORED)
     while Split.fifths(rows).validation < training:
         rows += 1
     return rows

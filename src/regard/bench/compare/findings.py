@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from regard.bench.compare.cost import SDPA
@@ -17,7 +18,8 @@ def loss_difference(first: Tensor, second: Tensor, horizon: int) -> float:
     The statistic of Diebold and Mariano (1995): forecasts h rows ahead have errors that are
     correlated over h - 1 rows, which the standard error counts in (Bartlett weights).
     """
-    difference = first.square() - second.square()
+    size = float(torch.maximum(first.abs().max(), second.abs().max())) or 1.0
+    difference = (first / size).square() - (second / size).square()  # no fourth power overflows
     n, mean = len(difference), float(difference.mean())
     centred = difference - mean
     variance = float(centred.square().mean())
@@ -49,9 +51,14 @@ def findings(result: Result) -> list[str]:
 def _best(result: Result) -> str:
     won: dict[str, list[str]] = {}
     for horizon in result.horizons:
-        won.setdefault(result.best(horizon) or "", []).append(str(horizon))
+        name = result.best(horizon) or "none"
+        perfect = [e.name for e in result.entries if (s := e.score(horizon)) and s.rmse == 0]
+        others = [other for other in perfect if other != name]
+        like = f", like {_list(others)}" if others else ""
+        words = f"{horizon} (an error of 0{like})" if perfect else str(horizon)
+        won.setdefault(name, []).append(words)
     parts = [f"{name} at horizon {_list(horizons)}" for name, horizons in won.items()]
-    return f"Least error: {'; '.join(parts)}."
+    return f"Least error over {result.series['scored']} scored points: {'; '.join(parts)}."
 
 
 def _where_lla_loses(result: Result, focus: Entry) -> str:
@@ -64,12 +71,15 @@ def _where_lla_loses(result: Result, focus: Entry) -> str:
                 continue
             noise = abs(standard_errors(result, focus.name, other.name, own.horizon)) < NOISE
             if own.rmse <= theirs.rmse:
-                near += [str(own.horizon)] * noise
+                near += [str(own.horizon)] * (noise and own.rmse < theirs.rmse)
                 continue
-            more = own.rmse / theirs.rmse - 1 if theirs.rmse else float("inf")
+            against = "an error of 0"
+            if theirs.rmse:
+                more = 100 * (own.rmse / theirs.rmse - 1)
+                against = f"{number(theirs.rmse)}, {more:.1f} % more"
             lost.append(
-                f"{own.horizon} ({number(own.rmse)} against {number(theirs.rmse)}, "
-                f"{100 * more:.1f} % more{', within the noise of this test' if noise else ''})"
+                f"{own.horizon} ({number(own.rmse)} against {against}"
+                f"{', within the noise of this test' if noise else ''})"
             )
         if lost:
             losses.append(f"to {other.name} at horizon {_list(lost)}")
@@ -91,11 +101,16 @@ def _gap(result: Result, focus: Entry) -> list[str]:
     parts = []
     for own in focus.scores:
         theirs = ridge.score(own.horizon)
-        if theirs is not None and theirs.rmse:
+        if theirs is None:
+            continue
+        if theirs.rmse == 0:
+            word = "both are 0" if own.rmse == 0 else f"{number(own.rmse)} against 0"
+            parts.append(f"{word} at horizon {own.horizon}")
+        else:
             gap = 100 * (own.rmse / theirs.rmse - 1)
             word = "more" if gap > 0 else "less"
             parts.append(f"{abs(gap):.1f} % {word} at horizon {own.horizon}")
-    return [f"Error of LLA against that of {RIDGE}: {', '.join(parts)}."]
+    return [f"Error of LLA against that of {RIDGE}: {', '.join(parts)}."] if parts else []
 
 
 def _price(result: Result) -> list[str]:

@@ -6,6 +6,7 @@ from html import escape
 
 from regard.bench.compare import tables
 from regard.bench.compare.pictures import draw
+from regard.bench.compare.regressor import TAIL
 from regard.bench.compare.result import RIDGE, Result
 from regard.bench.report.page import figure, page, paragraphs, table
 from regard.bench.report.plotting import Picture
@@ -26,7 +27,8 @@ def render(result: Result) -> str:
         *(f'<p class="lead">{escape(sentence)}</p>' for sentence in result.findings),
         f"<h2>Root mean squared error by horizon{escape(unit)}</h2>",
         table(*tables.errors(result, relative=False)),
-        '<p class="note">h: rows ahead. The least error of a column is marked.</p>',
+        f'<p class="note">h: rows ahead; each error is over the {series["scored"]} measured rows '
+        "of the test. The least error of a column is marked.</p>",
         "<h2>The same, over the error of the last value</h2>",
         table(*tables.errors(result, relative=True)),
         '<p class="note">Below 1: better than predicting no change.</p>',
@@ -36,7 +38,8 @@ def render(result: Result) -> str:
         '<p class="note">Chosen on the validation stretch only; validation is the geometric mean '
         "over horizons of the error over that of the last value. An asterisk marks the outermost "
         "value that was tried. The last column is the largest relative deviation of the forecasts "
-        "from the float64 reference, on the last 16 rows.</p>",
+        "from the float64 reference, "
+        f"on the last {TAIL} rows.</p>",
         *_costs(result, pictures),
         *_slopes(result, pictures),
         *_skipped(result),

@@ -13,6 +13,8 @@ from regard.bench.compare.walk import Walk
 from regard.core.card import Card
 from regard.core.patterns import Pattern
 
+TAIL = 16  # rows of the test that are held against the reference
+
 
 def why_unusable(card: Card, *, gaps: bool) -> str | None:
     """Why a card cannot take part, in words, or None."""
@@ -79,7 +81,7 @@ def reference_tail(
     walk: Walk,
     scales: Sequence[float] | None,
     options: Mapping[str, Any],
-    rows: int = 16,
+    rows: int = TAIL,
 ) -> Float[Tensor, " t"]:
     """The last `rows` forecasts by the card's reference, in float64."""
     q, k, v, mask = operands(walk, torch.float64)

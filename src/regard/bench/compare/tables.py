@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from regard.bench.compare.cost import SDPA
+from regard.bench.compare.regressor import TAIL
 from regard.bench.compare.result import Result
 from regard.bench.report.words import Table, aligned, milliseconds, number, size
 
@@ -29,7 +30,9 @@ def errors(result: Result, *, relative: bool) -> Table:
         for horizon in result.horizons:
             score = entry.score(horizon)
             value = None if score is None else score.relative if relative else score.rmse
-            mark = " <" if value is not None and result.best(horizon) == entry.name else ""
+            best = result.best(horizon)
+            least = score and best and score.rmse == result.rmse(best, horizon)
+            mark = " <" if least and value is not None else ""
             cells.append(number(value) + mark)
         rows.append([entry.name, *cells])
     return columns, rows
@@ -37,7 +40,8 @@ def errors(result: Result, *, relative: bool) -> Table:
 
 def choices(result: Result) -> Table:
     """What was chosen on the validation stretch, and how exact the computation was."""
-    columns = ["forecaster", "chosen", "tried", "validation", "ran", "error vs float64"]
+    columns = ["forecaster", "chosen", "tried", "validation", "ran"]
+    columns += [f"error vs float64, last {TAIL} rows"]
     rows = [
         [
             entry.name,
@@ -78,7 +82,7 @@ def about(result: Result) -> list[str]:
     lines = [
         f"Column {series['column']!r}{unit} of {series['name']}: {series['rows']} rows, "
         f"{cut['training']} for training, {cut['validation']} to choose parameters, "
-        f"the last {cut['test']} as the test."
+        f"the last {cut['test']} as the test, of which {series['scored']} are measured and scored."
     ]
     if sum(gaps.values()):
         lines.append(
@@ -92,8 +96,12 @@ def about(result: Result) -> list[str]:
 def sections(result: Result) -> list[tuple[str, Table]]:
     """The tables that have rows, with their titles."""
     unit = f", {result.series['unit']}" if result.series["unit"] else ""
+    points = result.series["scored"]
     parts = [
-        (f"Root mean squared error by horizon{unit} (< is best)", errors(result, relative=False)),
+        (
+            f"Root mean squared error by horizon{unit} ({points} points; < is best)",
+            errors(result, relative=False),
+        ),
         ("Error over that of the last value", errors(result, relative=True)),
         ("Chosen before the test (* outermost value tried)", choices(result)),
         ("Cost of one causal call (and its time over torch SDPA's)", costs(result)),

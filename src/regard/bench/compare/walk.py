@@ -7,6 +7,7 @@ aligned at the end: `op(q, k[:, :, :-h], v[:, :, :-h], causal=True)`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,4 +64,4 @@ class Walk:
     def rmse(self, forecasts: Float[Tensor, "... t"]) -> Float[Tensor, "*heads"]:
         """Root mean squared error over the measured rows; inf if a forecast is not finite."""
         errors = (forecasts - self.truth)[..., self.scored]
-        return errors.square().mean(-1).sqrt().nan_to_num(nan=float("inf"))
+        return errors.square().mean(-1).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
