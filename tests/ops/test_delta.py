@@ -257,6 +257,7 @@ def test_explain_names_the_form():
         ({"normalise_keys": 1}, TypeError, "normalise_keys must be True or False"),
         ({"causal": None}, TypeError, "causal must be True or False"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1"),
+        ({"impl": "reference", "chunk_size": 2}, ValueError, "reference: it has no chunks"),
         ({"impl": "native"}, ValueError, "impl='native' cannot serve this call"),
         ({"state": FixedState("linear", 1, {})}, ValueError, "a state of delta_attention"),
         (

@@ -208,11 +208,12 @@ def test_a_later_key_changes_no_bit(chunk):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_masked_keys_advance_no_decay_and_reach_nothing():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_masked_keys_advance_no_decay_and_reach_nothing(impl):
     q, k, v, beta = inputs(20)
     a = decays(20)
     mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) < 0.7
-    options = {"causal": True, "key_mask": mask}
+    options = {"causal": True, "key_mask": mask, "impl": impl}
     out = gated_delta_attention(q, k, v, beta=beta, log_decay=a, **options)
     wanted = gradients(out, q, k, v, beta, a)
     with torch.no_grad():
@@ -254,6 +255,13 @@ def test_a_state_of_the_other_rule_is_refused():
         gated_delta_attention(q, k, v, beta=beta, log_decay=-beta, state=state)
     with pytest.raises(TypeError, match="^gated_delta_attention: log_decay must be a torch.Tensor"):
         gated_delta_attention(q, k, v, beta=beta, log_decay=None)  # pyright: ignore
+
+
+def test_the_reference_refuses_a_chunk_size():
+    q, k, v, beta = inputs(5)
+    options = {"beta": beta, "log_decay": -beta, "impl": "reference"}
+    with pytest.raises(ValueError, match="^gated_delta_attention: .*reference: it has no chunks"):
+        gated_delta_attention(q, k, v, chunk_size=2, **options)
 
 
 def test_explain_names_the_form():

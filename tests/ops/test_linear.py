@@ -217,19 +217,22 @@ def test_a_later_key_changes_no_bit(case, chunk, decay):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
 @pytest.mark.parametrize("causal", [False, True])
-def test_masked_keys_reach_nothing(causal):
+def test_masked_keys_reach_nothing(causal, junk, impl):
     q, k, v = inputs(20, 20)
     a = decays(20)
     mask = masks(20)
     mask[1, :6] = False  # rows without any key where causal
-    clean = linear_attention(q, k, v, causal=causal, key_mask=mask, log_decay=a)
+    options = {"causal": causal, "key_mask": mask, "impl": impl}
+    clean = linear_attention(q, k, v, log_decay=a, **options)
     wanted = gradients(clean, q, k, v, a)
     with torch.no_grad():
         for x in (k, v):
-            x.masked_fill_(~mask[:, None, :, None], torch.nan)
-        a.masked_fill_(~mask[:, None], torch.nan)
-    out = linear_attention(q, k, v, causal=causal, key_mask=mask, log_decay=a)
+            x.masked_fill_(~mask[:, None, :, None], junk)
+        a.masked_fill_(~mask[:, None], junk)
+    out = linear_attention(q, k, v, log_decay=a, **options)
     assert torch.equal(out, clean)
     for x, y in zip(gradients(out, q, k, v, a), wanted, strict=True):
         assert torch.equal(x, y)
@@ -470,6 +473,7 @@ def test_explain_names_the_form():
         ({"key_mask": torch.ones(2, 5) > 0}, ValueError, r"key_mask must be of shape \[2, 6\]"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1"),
         ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int"),
+        ({"impl": "reference", "chunk_size": 2}, ValueError, "reference: it has no chunks"),
         ({"impl": "native"}, ValueError, "impl='native' cannot serve this call"),
         ({"state": torch.zeros(2)}, TypeError, "state must be None or the FixedState"),
         ({"state": FixedState("other", 1, {})}, ValueError, "a state of linear_attention"),

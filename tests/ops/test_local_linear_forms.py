@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -77,8 +78,9 @@ def test_future_keys_change_not_one_bit(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("least", [1 << 10, 1 << 60])  # by oneDNN where it can, by torch
+@pytest.mark.parametrize("impl", ["eager", "reference"])
 def test_contents_of_masked_keys_are_never_read(
-    causal: bool, least: int, monkeypatch: pytest.MonkeyPatch
+    causal: bool, least: int, impl: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(gemm, "LEAST", least)
     mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -92,7 +94,7 @@ def test_contents_of_masked_keys_are_never_read(
             x.masked_fill_(~mask[:, None, :, None], junk)
         leaves = [x.requires_grad_() for x in (q, k, v, bias, decay)]
         out = local_linear_attention(
-            q, k, v, causal=causal, key_mask=mask, key_bias=bias, log_decay=decay
+            q, k, v, causal=causal, key_mask=mask, key_bias=bias, log_decay=decay, impl=impl
         )
         results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for other in results[1:]:
@@ -311,8 +313,10 @@ def test_explain_runs_nothing():
     ("options", "message"),
     [
         ({"ridge": 0.0}, "ridge must be a finite number above 0.0, got 0.0"),
-        ({"ridge": torch.ones(3)}, r"ridge must be of shape \[4\], got float32 Tensor\[3\]"),
-        ({"ridge": torch.ones(2, 3, 9)}, r"ridge must be of shape \[2, 1 or 2 or 4, 9\]"),
+        ({"ridge": torch.ones(3)}, r"of shape \[\], \[4\] or \[2, 1 or 2 or 4, 9\], got float32"),
+        ({"ridge": torch.ones(2, 3, 9)}, r"ridge must be of shape \[\], \[4\] or \[2, 1 or 2 or 4"),
+        ({"ridge": torch.ones(2, 9)}, r"ridge must be of shape \[\], \[4\] or \[2, 1 or 2"),
+        ({"ridge": torch.tensor(1)}, "ridge must be a floating-point tensor"),
         ({"solver": "cgg"}, "solver must be one of 'auto', 'direct', 'cg', got 'cgg'"),
         ({"ridge_mode": "relativ"}, "did you mean 'relative'?"),
         ({"tol": -1.0}, "tol must be a finite number of at least 0"),
@@ -325,12 +329,32 @@ def test_explain_runs_nothing():
         ({"state": 3}, "state must be None or the KVCache"),
         ({"impl": "native"}, "impl='native' cannot serve this call"),
         ({"impl": "reference", "return_state": True}, "reference: it keeps no state"),
+        ({"impl": "reference", "solver": "cg"}, "reference: it has no blocks .* with solver"),
+        ({"impl": "reference", "tol": 1e-4}, "reference: it has no blocks .* with tol"),
+        ({"impl": "reference", "tol_backward": 1e-4}, "it has no blocks .* with tol_backward"),
+        ({"impl": "reference", "max_iters": 1}, "reference: it has no blocks .* with max_iters"),
+        ({"impl": "reference", "block_size": 3}, "reference: it has no blocks .* with block_size"),
     ],
 )
 def test_refusals(options: dict, message: str):
     q, k, v = tensors()
     with pytest.raises((ValueError, TypeError), match=f"local_linear_attention: .*{message}"):
         local_linear_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("mode", ["relative", "absolute"])
+def test_a_ridge_of_no_axes_is_the_number_it_holds(impl: str, mode: str):
+    q, k, v = tensors(T=6, S=6)
+    one = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    per_head = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
+    call = partial(local_linear_attention, q, k, v, causal=True, ridge_mode=mode, impl=impl)
+    out = call(ridge=one)
+    assert relative_error(out, call(ridge=0.3)) < 1e-12
+    (got,) = torch.autograd.grad(out.square().sum(), one)
+    (wanted,) = torch.autograd.grad(call(ridge=per_head).square().sum(), per_head)
+    assert got.shape == ()
+    assert relative_error(got, wanted.sum()) < 1e-10
 
 
 @pytest.mark.parametrize("axis", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,37 @@ def test_slope_of_variants():
     out = local_linear_attention(q, k, v, kernel="gaussian", **options)
     predicted = vbar + (slope.double() @ (q - kbar)[..., None])[..., 0]
     assert relative_error(predicted, out) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e8, 1e20, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ridge_mode": "absolute"},
+        {"kernel": "gaussian"},
+        {"intercept": False},
+        {"covariance_block": 3},
+    ],
+)
+def test_no_size_of_a_later_key_reaches_the_reference(
+    options: dict[str, Any], dtype: torch.dtype, size: float
+):
+    """Its square overflows, and the systems of the rows that see it are singular."""
+    call = partial(local_linear_attention, causal=True, impl="reference", **options)
+    results = []
+    for junk in (0.25, size):
+        q, k, v = (x.to(dtype) for x in tensors(T=7, S=7, D=6))
+        k[:, :, 4:] = junk
+        given = [x.requires_grad_() for x in (q, k, v)]
+        scale = torch.full((q.shape[1],), 0.4, dtype=torch.float64, requires_grad=True)
+        out = call(*given, scale=scale)[:, :, :4]
+        grads = torch.autograd.grad(out.float().square().sum(), [*given, scale])
+        results.append([out, *grads])
+    for x, y in zip(*results, strict=True):
+        assert y.isfinite().all()
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(

@@ -269,11 +269,27 @@ def test_a_later_key_changes_no_bit(solver, chunk):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_masked_keys_reach_nothing():
+@pytest.mark.parametrize("junk", [1e8, 1e20, 1e30, 1e100])
+def test_no_size_of_a_later_key_reaches_the_reference(junk):
+    """The systems of the rows that see it are singular, and those rows alone suffer from it."""
+    results = []
+    for size in (0.25, junk):
+        given = inputs(7, 7)
+        with torch.no_grad():
+            given["k"][:, :, 4:] = size
+        out = mesa_attention(**given, causal=True, impl="reference")[:, :, :4]
+        results.append([out, *gradients(out, *given.values())])
+    for x, y in zip(*results, strict=True):
+        assert y.isfinite().all()
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_masked_keys_reach_nothing(impl):
     given = inputs(20, 20)
     mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) < 0.7
     mask[1, :4] = False
-    options = {"causal": True, "key_mask": mask}
+    options = {"causal": True, "key_mask": mask, "impl": impl}
     out = mesa_attention(**given, **options)
     wanted = gradients(out, *given.values())
     with torch.no_grad():
@@ -443,6 +459,10 @@ def test_vmap_equals_a_loop(solver, causal):
             ValueError,
             "impl='reference' cannot serve this call",
         ),
+        ({"impl": "reference", "solver": "cg"}, ValueError, "it has no chunks .* with solver"),
+        ({"impl": "reference", "tol": 1e-3}, ValueError, "it has no chunks .* with tol"),
+        ({"impl": "reference", "max_iters": 1}, ValueError, "it has no chunks .* with max_iters"),
+        ({"impl": "reference", "chunk_size": 2}, ValueError, "it has no chunks .* chunk_size"),
         ({"state": FixedState("linear", 1, {})}, ValueError, "a state of mesa_attention"),
         (
             {"state": FixedState("mesa", 1, {"Hkk": torch.zeros(2, 2, 5, 5)})},

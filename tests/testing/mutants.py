@@ -143,6 +143,46 @@ def window_off_by_one(op, **a):
     return op(**a)
 
 
+@breaks("no_leak_forms")
+def one_form_leaks(op, **a):
+    return normalises_over_queries(op, **a) if a.get("impl") == "reference" else op(**a)
+
+
+@breaks("masked_junk_forms")
+def one_form_multiplies_junk_by_zero(op, **a):
+    total = a["v"].sum() if a.get("impl") == "reference" else 0.0
+    return on_output(op(**a), lambda out: out + 0.0 * total)
+
+
+@breaks("masked_junk_forms", "masked_junk")
+def multiplies_masked_biases_by_zero(op, **a):
+    given = [a[name] for name in ("log_decay", "key_bias") if a.get(name) is not None]
+    return on_output(op(**a), lambda out: out + sum(0.0 * t.sum() for t in given))
+
+
+@breaks("tiling")
+def wrong_in_blocks_of_a_chosen_size(op, **a):
+    return on_output(op(**a), lambda out: out * (1.01 if a.get("block_size") else 1.0))
+
+
+@breaks("tiling")
+def gradient_wrong_in_blocks_of_a_chosen_size(op, **a):
+    return op(**a | {"k": _Scaled.apply(a["k"], 0.99)} if a.get("block_size") else a)
+
+
+@breaks("long")
+def wrong_beyond_a_chunk(op, **a):
+    def change(out):
+        return torch.cat([out[:, :, :256], out[:, :, 256:] * 1.01], 2)
+
+    return on_output(op(**a), change)
+
+
+@breaks("long")
+def leaks_in_long_sequences(op, **a):
+    return normalises_over_queries(op, **a) if a["q"].shape[2] >= 140 else op(**a)
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
@@ -214,6 +254,12 @@ def ignores_packing(op, **a):
     return op(**a | {"cu_seqlens": None, "cu_seqlens_k": None})
 
 
+@breaks("packed")
+def ignores_how_keys_are_packed(op, **a):
+    same = a["q"].shape[2] == a["k"].shape[2]
+    return op(**a | {"cu_seqlens_k": None} if same else a)
+
+
 @breaks("noncontiguous")
 def reads_by_pointer(op, **a):
     q = a["q"]
@@ -239,9 +285,15 @@ def depends_on_the_batch(op, **a):
     return on_output(op(**a), lambda out: out * (1.0 + 1e-3 * out.shape[0]))
 
 
-@breaks("deterministic")
+@breaks("deterministic", "random_state")
 def rolls_dice(op, **a):
     return on_output(op(**a), lambda out: out + 1e-6 * torch.randn_like(out))
+
+
+@breaks("random_state")
+def seeds_the_world(op, **a):
+    torch.manual_seed(0)
+    return op(**a)
 
 
 @breaks("bfloat16", "float16")

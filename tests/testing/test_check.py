@@ -143,3 +143,11 @@ def test_wrong_arguments(arguments, error, message) -> None:
         check(SOFTMAX, **arguments)
     with pytest.raises(TypeError, match=r"card must be a regard\.Card"):
         check("softmax")  # type: ignore[arg-type]
+
+
+def test_a_missing_device_is_refused_once(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"check: device must be .* no CUDA, got 'cuda'"):
+        check(SOFTMAX, device="cuda")
+    with pytest.raises(ValueError, match="check: device must be 'cpu' or 'cuda', got 'gpu'"):
+        check(SOFTMAX, device="gpu")

@@ -10,12 +10,14 @@ import regard
 from regard.testing import LAWS, check
 from testing.mutants import MUTANTS, dense_attention, sick
 
+# Where a rotated law would by chance stand on a pattern in which the fault is none.
+PLACES = {"long": ["causal_self"]}
 PAIRS = [(name, law) for name, (laws, _) in MUTANTS.items() for law in laws]
 
 
 @pytest.mark.parametrize(("name", "law"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_caught(name: str, law: str) -> None:
-    report = check(sick(name), laws=[law], seed=0)
+    report = check(sick(name), laws=[law], patterns=PLACES.get(law), seed=0)
     assert not report.ok, str(report)
     for row in report.failures:
         assert f"law {law}" in row.detail

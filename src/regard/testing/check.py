@@ -45,7 +45,8 @@ def check(
         seed: chooses places and values; a new one each time by default, told by the report.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, an unknown law or pattern.
+        TypeError, ValueError: an argument of the wrong kind, an unknown law or pattern, a device
+            that is not there.
 
     >>> import regard
     >>> report = check(regard.mechanisms["softmax"], laws=["deterministic"], seed=0)
@@ -56,6 +57,11 @@ def check(
         raise TypeError(f"check: card must be a regard.Card, got {type(card).__name__}")
     if tier not in ("fast", "slow"):
         raise ValueError(f"check: tier must be 'fast' or 'slow', got {tier!r}")
+    kind = str(device).split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"check: device must be 'cpu' or 'cuda', got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"check: device must be 'cpu' where torch finds no CUDA, got {device!r}")
     if seed is None:
         seed = time.time_ns() // 1_000_000 % 100_000
     planner = Planner(card, device, tier, seed)

@@ -178,10 +178,16 @@ def _refuses_causal(call: Delta) -> str | None:
     return "causal: every query reads a state of its own" if call.causal else None
 
 
+def _reference_refuses(call: Delta) -> str | None:
+    return None if call.chunk_size is None else "it has no chunks, nothing to do with chunk_size"
+
+
 def _forms(owner: Owner) -> tuple[Form, ...]:
     return (
         Form("eager", "recurrent", _needs_one_token, partial(_eager, recurrent_delta, owner)),
         Form("eager", "chunked", _needs_causal, partial(_chunked, owner)),
         Form("eager", "encode_read", _refuses_causal, partial(_eager, None, owner)),
-        Form("reference", "reference", lambda call: None, partial(_reference, owner), auto=False),
+        Form(
+            "reference", "reference", _reference_refuses, partial(_reference, owner), auto=False
+        ),
     )

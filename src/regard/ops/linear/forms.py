@@ -132,6 +132,10 @@ def _needs_one_token(call: Call) -> str | None:
     return None
 
 
+def _reference_refuses(call: Call) -> str | None:
+    return None if call.chunk_size is None else "it has no chunks, nothing to do with chunk_size"
+
+
 FORMS = (
     Form("eager", "recurrent", _needs_one_token, _recurrent),
     Form(
@@ -146,5 +150,5 @@ FORMS = (
         lambda call: "causal: every query reads a state of its own" if call.causal else None,
         _encode_read,
     ),
-    Form("reference", "reference", lambda call: None, _reference, auto=False),
+    Form("reference", "reference", _reference_refuses, _reference, auto=False),
 )

@@ -35,8 +35,9 @@ def linear_attention_reference(
     queries = _phi(q.to(dtype), feature_map)
     factor = torch.as_tensor(1.0 if scale is None else scale, dtype=dtype, device=q.device)
     factor = 0.0 * factor + 1.0 if normalise else factor  # cancels against the sum of weights
-    decay = keys.new_ones(B, Hk, S) if log_decay is None else log_decay.to(dtype).exp()
-    decay = torch.where(real[..., 0], decay, 1.0).expand(B, Hk, S)
+    ones = keys.new_ones(B, Hk, S)
+    decay = ones if log_decay is None else torch.where(real[..., 0], log_decay, 0.0).to(dtype).exp()
+    decay = decay.expand(B, Hk, S)
 
     if state is None:
         matrix, total = keys.new_zeros(B, Hk, D, Dv), keys.new_zeros(B, Hk, D)

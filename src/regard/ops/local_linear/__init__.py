@@ -30,7 +30,7 @@ def local_linear_attention(
     v: Float[Tensor, "b hk s dv"],
     *,
     causal: bool = False,
-    ridge: float | Float[Tensor, " h"] | Float[Tensor, "b heads t"] = 1.0,
+    ridge: float | Float[Tensor, ""] | Float[Tensor, " h"] | Float[Tensor, "b heads t"] = 1.0,
     ridge_mode: Literal["relative", "absolute"] = "relative",
     scale: float | Float[Tensor, " h"] | None = None,
     kernel: Literal["dot", "gaussian"] = "dot",
@@ -72,7 +72,7 @@ def local_linear_attention(
         causal: query i sees keys j <= i + S - T: aligned at the end, so that the last query
             sees all keys (torch's attention aligns at the start). With more queries than keys
             the first rows see nothing.
-        ridge: lambda > 0: a number, one per head [H], or one per query token
+        ridge: lambda > 0: a number or a tensor [], one per head [H], or one per query token
             [B, 1 | Hk | H, T]. Tensors of any floating dtype; differentiable.
         ridge_mode: "relative": lambda is added to the covariance of the normalised weights.
             "absolute": to that of the weights exp(s), so that it counts less where there is
@@ -113,7 +113,8 @@ def local_linear_attention(
         return_aux: also return a `LocalLinearAux`.
         grad: "official" leaves a term out of the gradient, as the authors' backward does: it
             holds lambda times the normaliser of the weights constant.
-        impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice).
+        impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice;
+            refuses solver, tol, tol_backward, max_iters and block_size, which it does not have).
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state and
@@ -175,12 +176,18 @@ def local_linear_attention(
         if value is not None:
             checks.check_number(op, name, value, least=0.0)
     checks.check_state(op, state, KVCache)
+    settings = {
+        "solver": None if solver == "auto" else solver, "tol": tol, "tol_backward": tol_backward,
+        "max_iters": max_iters, "block_size": block_size,
+    }
+    given = tuple(name for name, value in settings.items() if value is not None)
     tol = forms.TOLERANCE[q.dtype] if tol is None else tol
     tol_backward = forms.backward_tolerance(tol) if tol_backward is None else tol_backward
     call = forms.Call(
         q, k, v, causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window,
         tol, tol_backward, solver, kernel, intercept, covariance_block, grad,
         max_iters or 0, block_size or 0, state is not None or return_state,
+        given=given,
     )
     forms.check(op, sizes, call)
     answer, after = forms.attend(

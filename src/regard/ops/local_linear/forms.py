@@ -84,6 +84,7 @@ class Call:
     decay: DecaySums | None = None
     row_bias: Tensor | None = None  # beside the scores, of the Gaussian kernel
     probe: Tensor | None = None  # g where it is given, as in Parallax
+    given: tuple[str, ...] = ()  # the options of the blockwise form that the caller set
 
 
 Answer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # out, lse, slope, iterations, residual
@@ -142,8 +143,8 @@ def _ridge(call: Call, dtype: torch.dtype) -> Tensor:
     if not isinstance(ridge, Tensor):
         return torch.full((1, 1, 1), float(ridge), dtype=dtype, device=call.q.device)
     ridge = ridge.to(dtype)
-    if ridge.dim() == 1:
-        return ridge[None, :, None]
+    if ridge.dim() < 2:
+        return ridge.reshape(1, -1, 1)
     if ridge.shape[1] not in (1, heads):
         ridge = ridge.repeat_interleave(heads // ridge.shape[1], 1)
     return ridge
@@ -161,6 +162,8 @@ def _reference(call: Call) -> Answer:
 def _reference_refuses(call: Call) -> str | None:
     if call.grad == "official":
         return "its gradient is exact"
+    if call.given:
+        return f"it has no blocks and no iterations, nothing to do with {', '.join(call.given)}"
     return "it keeps no state" if call.stateful else None
 
 
@@ -173,15 +176,13 @@ FORMS = (
 def check(op: str, sizes: Sizes, call: Call) -> None:
     """Everything about the mathematical arguments of a call that metadata can tell."""
     q = call.q
-    B, H, Hk, T, S = sizes.B, sizes.H, sizes.Hk, sizes.T, sizes.S
+    B, H, Hk, S = sizes.B, sizes.H, sizes.Hk, sizes.S
     checks.check_flag(op, "causal", call.causal)
     checks.check_choice(op, "ridge_mode", call.ridge_mode, RIDGE_MODES)
     if not isinstance(call.ridge, Tensor):
         checks.check_number(op, "ridge", call.ridge, above=0.0)
-    elif call.ridge.dim() == 1:
-        checks.check_float_operand(op, "ridge", call.ridge, (H,), q)
     else:
-        checks.check_float_operand(op, "ridge", call.ridge, (B, (1, Hk, H), T), q)
+        _check_ridge(op, sizes, call.ridge, q)
     checks.check_choice(op, "solver", call.solver, SOLVERS)
     checks.check_choice(op, "kernel", call.kernel, KERNELS)
     checks.check_choice(op, "grad", call.grad, GRADIENTS)
@@ -192,6 +193,18 @@ def check(op: str, sizes: Sizes, call: Call) -> None:
     checks.check_float_operand(op, "key_bias", call.key_bias, (B, (1, Hk, H), S), q)
     checks.check_float_operand(op, "log_decay", call.log_decay, (B, (1, Hk, H), S), q)
     checks.check_window(op, call.window)
+
+
+def _check_ridge(op: str, sizes: Sizes, ridge: Tensor, like: Tensor) -> None:
+    """One for all, one per head, or one per query token."""
+    B, H, Hk, T = sizes.B, sizes.H, sizes.Hk, sizes.T
+    heads = tuple(dict.fromkeys((1, Hk, H)))
+    shape = {0: (), 1: (H,)}.get(ridge.dim(), (B, heads, T))
+    shapes = [(), (H,), *((B, n, T) for n in heads)]
+    if ridge.is_floating_point() and tuple(ridge.shape) not in shapes:
+        per_token = f"[{B}, {' or '.join(map(str, heads))}, {T}]"
+        raise checks.reject(op, "ridge", f"of shape [], [{H}] or {per_token}", ridge)
+    checks.check_float_operand(op, "ridge", ridge, shape, like)
 
 
 def _check_blocks(op: str, D: int, call: Call) -> None:

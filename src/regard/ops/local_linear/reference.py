@@ -7,6 +7,10 @@ For each query i, over the keys it sees, with p = softmax of the scores:
 
 which is the intercept of the ridge-regularised least-squares fit of v ~ b + W (k - q_i) with
 weights p. Nothing here is shared with the fast forms.
+
+What a query does not see is replaced by 0 before it is multiplied by anything, so that no key
+reaches a query before it, however large it is. A query whose own system is singular to the dtype
+gets g = 0, the local average.
 """
 
 from __future__ import annotations
@@ -37,8 +41,8 @@ def local_linear_attention_reference(
 ) -> Float[Tensor, "b h t dv"]:
     """The output of `local_linear_attention`, differentiable any number of times.
 
-    Holds T x S weights and T x D x D covariances. Computes in float64 for float64 inputs,
-    in float32 otherwise.
+    Holds T x S weights and T x D x D covariances, and T x S x D keys for a gradient. Computes
+    in float64 for float64 inputs, in float32 otherwise.
     """
     options = (causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window)
     return equations(q, k, v, *options, kernel, intercept, covariance_block)[0]
@@ -67,54 +71,69 @@ def equations(
         k, v = (torch.where(key_mask[:, None, :, None], x, 0.0) for x in (k, v))
     q, k, v = q.to(dtype), _per_head(k, heads).to(dtype), _per_head(v, heads).to(dtype)
 
-    bandwidth = D**-0.5 if scale is None else _column(scale, dtype)
-    scores = bandwidth * (q @ k.mT)
-    if kernel == "gaussian":  # -scale |q - k|^2 / 2
-        squares = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :]
-        scores = scores - bandwidth * squares / 2
-    seen = _positions_seen(T, S, causal, window, q.device)
+    seen, decay = _positions_seen(T, S, causal, window, q.device), None
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
-    if key_bias is not None:
-        scores = scores + _per_head(key_bias, heads)[:, :, None, :].to(dtype)
     if log_decay is not None and S:
         decay, remembered = _decay(log_decay, key_mask, T, S, causal)
-        scores = scores + _per_head(decay, heads).to(dtype)
         seen = seen & _per_head(remembered, heads)
+    seen = seen.expand(q.shape[0], heads, T, S)
+
+    bandwidth = D**-0.5 if scale is None else _column(scale, dtype)
+    scores = bandwidth * torch.where(seen, q @ k.mT, 0.0)
+    if kernel == "gaussian":  # -scale |q - k|^2 / 2
+        squares = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :]
+        squares = torch.where(seen, squares, 0.0).clamp(max=torch.finfo(dtype).max)
+        scores = scores - bandwidth * squares / 2
+    if key_bias is not None:
+        scores = scores + _per_head(key_bias, heads)[:, :, None, :].to(dtype)
+    if decay is not None:
+        scores = scores + _per_head(decay, heads).to(dtype)
     some = seen.any(-1, keepdim=True)  # a row without keys gives 0
     scores = torch.where(seen, scores, torch.where(some, -torch.inf, 0.0))
-    weights = torch.where(some, torch.softmax(scores, -1), 0.0)  # p
+    weights = torch.where(seen, torch.softmax(scores, -1), 0.0)  # p
     lse = torch.logsumexp(scores, -1, keepdim=True)
 
     strength = _ridge(ridge, heads, q)
     if ridge_mode == "absolute":  # lambda added to the Gram of the weights exp(score)
         strength = strength * torch.exp(-torch.where(some, lse, 0.0))
     if not intercept:
-        moments = _moments(weights, k, torch.zeros_like(q))
+        moments = _moments(weights, seen, k, torch.zeros_like(q))
         g = -_solve(moments, strength, torch.where(some, q, 0.0))
-        out = -(weights * (g @ k.mT)) @ v
+        out = -(weights * torch.where(seen, g @ k.mT, 0.0)) @ v
         return out.to(kind), torch.where(some, lse, -torch.inf)[..., 0], g
     kbar = weights @ k
     m = torch.where(some, kbar - q, 0.0)
-    covariance = _moments(weights, k, kbar)
+    covariance = _moments(weights, seen, k, kbar)
     g = _solve(covariance, strength, m)
     if covariance_block is not None:
         g = _from_blocks(covariance, strength, m, covariance_block)
     a = g @ k.mT - (g * kbar).sum(-1, keepdim=True)
-    out = (weights * (1 - a)) @ v
+    out = (weights * torch.where(seen, 1 - a, 0.0)) @ v
     return out.to(kind), torch.where(some, lse, -torch.inf)[..., 0], g
 
 
-def _moments(weights: Tensor, k: Tensor, mean: Tensor) -> Tensor:
+def _moments(weights: Tensor, seen: Tensor, k: Tensor, mean: Tensor) -> Tensor:
     """sum_j p_j k_j k_j^T - mean mean^T, [B, H, T, D, D]."""
-    products = (k[..., :, None] * k[..., None, :]).flatten(-2)
-    moments = (weights @ products).unflatten(-1, k.shape[-1:] * 2)
+    moments = mean.new_zeros(*mean.shape, mean.shape[-1])
+    if weights.numel():
+        rows = []
+        for p, sees in zip(weights.unbind(2), seen.unbind(2), strict=True):
+            keys = torch.where(sees[..., None], k, 0.0)
+            rows.append((p[..., None] * keys).mT @ keys)
+        moments = torch.stack(rows, 2)
     return moments - mean[..., :, None] * mean[..., None, :]
 
 
 def _solve(matrix: Tensor, strength: Tensor, right: Tensor) -> Tensor:
+    """(matrix + strength I)^-1 right; 0 where that is singular, whatever the other rows are."""
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve(matrix + strength[..., None] * identity, right)
+    matrix = matrix + strength[..., None] * identity
+    found, info = torch.linalg.solve_ex(matrix.detach(), right.detach()[..., None])
+    sound = (info == 0) & found.isfinite().all((-2, -1))
+    matrix = torch.where(sound[..., None, None], matrix, identity)
+    right = torch.where(sound[..., None], right, 0.0)
+    return torch.linalg.solve_ex(matrix, right[..., None])[0][..., 0]
 
 
 def _from_blocks(covariance: Tensor, strength: Tensor, m: Tensor, width: int) -> Tensor:
@@ -125,7 +144,9 @@ def _from_blocks(covariance: Tensor, strength: Tensor, m: Tensor, width: int) ->
         at = slice(c, c + width)
         pieces.append(_solve(moment[..., at, at], strength, m[..., at]))
     rho = torch.cat(pieces, -1)
-    return rho / (1 - (m * rho).sum(-1, keepdim=True))
+    rest = 1 - (m * rho).sum(-1, keepdim=True)
+    singular = rest == 0
+    return torch.where(singular, 0.0, rho) / torch.where(singular, 1.0, rest)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -141,8 +162,8 @@ def _ridge(ridge: float | Tensor, heads: int, like: Tensor) -> Tensor:
     """[..., T or 1, 1], broadcasting against [B, H, T, 1]."""
     if not isinstance(ridge, Tensor):
         return like.new_full((1, 1), float(ridge))
-    if ridge.dim() == 1:
-        return ridge.to(like.dtype)[:, None, None]
+    if ridge.dim() < 2:
+        return ridge.to(like.dtype).reshape(-1, 1, 1)
     return _per_head(ridge, heads).to(like.dtype)[..., None]
 
 

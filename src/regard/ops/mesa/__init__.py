@@ -132,10 +132,15 @@ def mesa_attention(
     check_packed(_OP, cu_seqlens, cu_seqlens_k, sizes, state)
     if cu_seqlens is not None and return_state:
         raise reject(_OP, "return_state", "False with packed sequences", return_state)
+    settings = {
+        "solver": None if solver == "auto" else solver,
+        "tol": tol, "max_iters": max_iters, "chunk_size": chunk_size,
+    }  # fmt: skip
+    given = tuple(name for name, value in settings.items() if value is not None)
     call = Call(
         q, k, v, causal, log_decay, beta, ridge, solver,
         _TOLERANCE.get(q.dtype, 1e-2) if tol is None else tol,
-        max_iters, chunk_size, key_mask, state, return_state, compat,
+        max_iters, chunk_size, key_mask, state, return_state, compat, given,
     )  # fmt: skip
     form = choose(_OP, FORMS, impl, call)
     if cu_seqlens is None:

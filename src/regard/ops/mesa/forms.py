@@ -41,6 +41,7 @@ class Call:
     state: FixedState | None
     return_state: bool
     compat: str | None
+    given: tuple[str, ...] = ()  # the options of the solver and the walk that the caller set
 
     def one(self, q: Tensor, k: Tensor, v: Tensor, **operands: Any) -> Call:
         """The same call on one sequence of a pack."""
@@ -144,12 +145,16 @@ def _refuses(causal: bool, call: Call) -> str | None:
     return "not causal: every query reads one state"
 
 
-def _is_official(call: Call) -> str | None:
-    return None if call.compat is None else "it is exact, not what compat='official' computes"
+def _reference_refuses(call: Call) -> str | None:
+    if call.compat is not None:
+        return "it is exact, not what compat='official' computes"
+    if call.given:
+        return f"it has no chunks and no iterations, nothing to do with {', '.join(call.given)}"
+    return None
 
 
 FORMS = (
     Form("eager", "chunked", partial(_refuses, True), _eager),
     Form("eager", "encode_read", partial(_refuses, False), _eager),
-    Form("reference", "reference", _is_official, _reference, auto=False),
+    Form("reference", "reference", _reference_refuses, _reference, auto=False),
 )

@@ -24,7 +24,8 @@ def mesa_attention_reference(
 ) -> Tensor | tuple[Tensor, FixedState]:
     """Hkk_t = e^{a_t} Hkk_{t-1} + b_t k_t k_t^T, Hkv likewise, o_t = Hkv_t^T (Hkk_t + R)^-1 q_t.
 
-    In float64, whatever the inputs are.
+    In float64, whatever the inputs are. A row whose own system is singular
+    to that gives 0.
     """
     (B, H, T, D), (_, Hk, S, Dv), dtype = q.shape, v.shape, torch.float64
     real = k.new_ones(B, S, dtype=torch.bool) if key_mask is None else key_mask
@@ -54,7 +55,7 @@ def mesa_attention_reference(
     for i in range(T):
         kk, kv = before[max(0, S - T + i + 1)] if causal else before[S]
         query = q[:, :, i].to(dtype).reshape(B, Hk, H // Hk, D, 1)
-        probe = torch.linalg.solve(kk[:, :, None] + penalty, query)
+        probe = _solve(kk[:, :, None] + penalty, query)
         rows.append((kv[:, :, None].mT @ probe).reshape(B, H, Dv))
     out = torch.stack(rows, 2) if rows else q.new_zeros(B, H, 0, Dv)
     out = out.to(q.dtype)
@@ -63,3 +64,12 @@ def mesa_attention_reference(
     kept = {"Hkk": before[S][0], "Hkv": before[S][1]}
     kept = {name: x.to(compute_dtype(q.dtype)) for name, x in kept.items()}
     return out, FixedState("mesa", (state.length if state else 0) + S, kept)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^-1 right; 0 where that is singular or overflowed, whatever the other rows are."""
+    found, info = torch.linalg.solve_ex(matrix.detach(), right.detach())
+    sound = ((info == 0) & found.isfinite().all((-2, -1)))[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    matrix, right = torch.where(sound, matrix, identity), torch.where(sound, right, 0.0)
+    return torch.linalg.solve_ex(matrix, right)[0]

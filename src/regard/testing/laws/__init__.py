@@ -5,6 +5,7 @@ from __future__ import annotations
 # isort: off
 from regard.testing.laws import values  # noqa: F401
 from regard.testing.laws import masks  # noqa: F401
+from regard.testing.laws import sizes  # noqa: F401
 from regard.testing.laws import gradients  # noqa: F401
 from regard.testing.laws import states  # noqa: F401
 from regard.testing.laws import batches  # noqa: F401

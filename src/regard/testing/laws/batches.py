@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,21 @@ def packed(s: Subject) -> None:
     """Packed sequences equal separate ones, in value and gradient, empty ones among them."""
     s.free_lengths()
     queries = (5, 1, 0, 7, 3)
-    keys = (4, 2, 3, 0, 6) if s.pattern.cross else queries
-    if s.pattern.cross and not s.card.accepts("cu_seqlens_k"):
+    if not s.pattern.cross:
+        _packed(s, queries, queries)
+        return
+    if not s.card.accepts("cu_seqlens_k"):
         raise DoesNotApply("the op has no argument cu_seqlens_k")
-    ends_q, ends_k = _ends(queries, s.device), _ends(keys, s.device)
+    _packed(s, queries, (4, 2, 3, 0, 6))
+    _packed(s, queries, (4, 2, 3, 0, 7))  # as many keys as queries, differently divided
+
+
+def _packed(s: Subject, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
     for options in s.some_options(("bias",)):
         call = s.sample(options, B=1, T=sum(queries), S=sum(keys))
-        together = call.with_options(cu_seqlens=ends_q)
+        together = call.with_options(cu_seqlens=_ends(queries, s.device))
         if s.pattern.cross:
-            together = together.with_options(cu_seqlens_k=ends_k)
+            together = together.with_options(cu_seqlens_k=_ends(keys, s.device))
         for dtype in (torch.float64, torch.float32):
 
             def apart(given: Call) -> Tensor:
@@ -137,3 +145,28 @@ def deterministic(s: Subject) -> None:
             s.identical(again, first, f"the output of a second call, options {options}")
             for name, gradient in found.items():
                 s.identical(gradient, gradients[name], f"the second gradient of {name}")
+
+
+@law(cost="rotated")
+def random_state(s: Subject) -> None:
+    """The global random generators are left as they were found, by every form."""
+    for options in s.some_options():
+        call = s.sample(options).to(torch.float32)
+        asked: list[dict[str, Any]] = [{"impl": impl} for impl in s.available(call.leaves())]
+        for extra in ({}, *asked):
+            with torch.random.fork_rng([] if s.device == "cpu" else [s.device]):
+                # A state that no op would set: one that seeds would else find what it left.
+                torch.manual_seed(int(torch.randint(2**40, (1,), generator=s.generator("state"))))
+                before = _generators(s.device)
+                s.run(call, **extra)
+                s.gradients(call, **extra)
+                for device, state in _generators(s.device).items():
+                    same = torch.equal(state, before[device])
+                    s.require(same, f"the random state of {device} changed, {extra}, {options}")
+
+
+def _generators(device: str) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device != "cpu":
+        states[device] = torch.cuda.get_rng_state(device)
+    return states

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.testing.calls import Call, junk
-from regard.testing.law import law
+from regard.testing.law import DoesNotApply, law
 from regard.testing.laws.values import ONLINE
 from regard.testing.subject import Subject
 
@@ -73,21 +74,47 @@ def masked_junk(s: Subject) -> None:
     """Whatever a masked key contains (NaN, inf, 1e30) changes no bit of a value or gradient."""
     for options in s.some_options():
         options = tuple(dict.fromkeys((*options, "key_mask")))
-        call = s.sample(options).to(torch.float32)
-        mask = call["key_mask"]
-        names = [n for n in call.along("s") if n != "key_mask" and "b" in call.axes[n]]
-        expected, wanted = s.gradients(call)
-        for value in (math.nan, math.inf, -math.inf, 1e30):
-            spoilt = _spoil(call, names, value)
-            what = f"{value} in masked keys, options {options}"
-            s.identical(s.run(spoilt), expected, f"{what}: output without gradients")
-            out, gradients = s.gradients(spoilt)
-            s.identical(out, expected, f"{what}: output")
-            for name, gradient in gradients.items():
-                s.identical(gradient, wanted[name], f"{what}: gradient of {name}")
-                if name in names:
-                    at_masked = gradient.masked_fill(call.spread(mask, name), 0.0)
-                    s.zero(at_masked, f"{what}: gradient of masked {name}")
+        _junk_unseen(s, s.sample(options).to(torch.float32), f"options {options}")
+
+
+@law(needs=("key_mask", "impl"), cost="rotated")
+def masked_junk_forms(s: Subject) -> str:
+    """Every form that can be asked for ignores what a masked key contains, biases included."""
+    options = tuple(dict.fromkeys((*s.all_options, "key_mask")))
+    alone = [n for n in ("log_decay", "key_bias") if n in s.options and n not in options]
+    seen: set[str] = set()
+    for chosen in (options, *((name, "key_mask") for name in alone)):
+        call = s.sample(chosen).to(torch.float32)
+        for impl in _impls(s, call):
+            seen.add(impl)
+            _junk_unseen(s, call, f"impl={impl!r}, options {chosen}", impl=impl)
+    return f"forms: {', '.join(sorted(seen))}"
+
+
+def _impls(s: Subject, call: Call) -> tuple[str, ...]:
+    """The values of `impl` that can serve this call with gradients."""
+    available = s.available(call.leaves())
+    if not available:
+        raise DoesNotApply("the op chooses among no forms")
+    return available
+
+
+def _junk_unseen(s: Subject, call: Call, where: str, **extra: Any) -> None:
+    """Junk in the masked keys of every tensor of this call changes nothing."""
+    mask = call["key_mask"]
+    names = [n for n in call.along("s") if n != "key_mask" and "b" in call.axes[n]]
+    expected, wanted = s.gradients(call, **extra)
+    for value in (math.nan, math.inf, -math.inf, 1e30):
+        spoilt = _spoil(call, names, value)
+        what = f"{value} in masked keys, {where}"
+        s.identical(s.run(spoilt, **extra), expected, f"{what}: output without gradients")
+        out, gradients = s.gradients(spoilt, **extra)
+        s.identical(out, expected, f"{what}: output")
+        for name, gradient in gradients.items():
+            s.identical(gradient, wanted[name], f"{what}: gradient of {name}")
+            if name in names:
+                at_masked = gradient.masked_fill(call.spread(mask, name), 0.0)
+                s.zero(at_masked, f"{what}: gradient of masked {name}")
 
 
 def _spoil(call: Call, names: list[str], value: float) -> Call:
@@ -125,41 +152,83 @@ def no_keys(s: Subject) -> None:
 @law(patterns=ONLINE, cost="cheap")
 def no_leak(s: Subject) -> None:
     """Nothing in the future (values up to 1e30) changes a bit of an output or gradient before."""
-    axes = "t" if s.pattern.cross else "ts"
-    dims: dict[str, Any] = {}
-    if not {"T", "S"} & set(s.case.dims):
-        dims = {"T": 37, "S": 9 if s.pattern.cross else 37}
     for options in s.some_options():
-        call = s.sample(options, B=1, **dims).to(torch.float32)
+        call, axes = _unseen_future(s, options)
         T = call.size("t")
         if len(axes) == 2 and call.size("s") != T:
             continue
-        for t in (0, T // 2, T - 2) if T > 2 else (0,):
-            weight = torch.zeros_like(s.run(call))
-            weight[:, :, : t + 1] = s.cotangent(weight)[:, :, : t + 1]
-            expected, wanted = s.gradients(call, weight=weight)
-            for value in (1.0, 1e4, -1e4, 1e30, -1e30):
-                what = f"{value:g} after query {t}, options {options}"
-                changed = _after(s, call, axes, t + 1, value)
-                s.identical(
-                    s.run(changed)[:, :, : t + 1], expected[:, :, : t + 1], f"{what}: output"
-                )
-                # A later row of huge queries and keys may itself overflow, and 0 times its inf
-                # is no zero: for gradients, later queries are at most 1e4.
-                mild = _after(s, call, axes, t + 1, value, most=1e4)
-                out, gradients = s.gradients(mild, weight=weight)
-                s.identical(out[:, :, : t + 1], expected[:, :, : t + 1], f"{what}: output")
-                for name, gradient in gradients.items():
-                    early, late = gradient, None
-                    before = wanted[name]
-                    for position, axis in enumerate(call.axes[name]):
-                        if axis in axes:
-                            late = early.narrow(position, t + 1, T - t - 1)
-                            early = early.narrow(position, 0, t + 1)
-                            before = before.narrow(position, 0, t + 1)
-                    s.identical(early, before, f"{what}: gradient of {name}")
-                    if late is not None:
-                        s.zero(late, f"{what}: gradient of later {name}")
+        places = (0, T // 2, T - 2) if T > 2 else (0,)
+        leaks(s, call, axes, places, (1.0, 1e4, -1e4, 1e30, -1e30), f"options {options}")
+
+
+@law(needs=("impl",), patterns=ONLINE, cost="rotated")
+def no_leak_forms(s: Subject) -> str:
+    """Every form keeps the future from outputs before it; all but the reference from gradients."""
+    call, axes = _unseen_future(s, s.all_options)
+    T, impls = call.size("t"), _impls(s, call)
+    if len(axes) == 2 and call.size("s") != T:
+        raise DoesNotApply("the case fixes other lengths of queries and keys")
+    for impl in impls:
+        what = f"impl={impl!r}, options {s.all_options}"
+        # A reference differentiates its equation as it stands, with 0 times what may overflow.
+        most = 0.0 if impl == "reference" else math.inf
+        values = (1.0, 1e30, -1e30)
+        leaks(s, call, axes, (T // 2,), values, what, gradients_to=most, impl=impl)
+    return f"forms: {', '.join(impls)}"
+
+
+def _unseen_future(s: Subject, options: Iterable[str]) -> tuple[Call, str]:
+    """A call of a few tiles, and the axes along which its future lies."""
+    dims: dict[str, Any] = {}
+    if not {"T", "S"} & set(s.case.dims):
+        # With fewer keys than queries most causal rows would be 0 and could tell nothing.
+        dims = {"T": 37, "S": 45 if s.pattern.cross else 37}
+    call = s.sample(options, B=1, **dims).to(torch.float32)
+    return call, "t" if s.pattern.cross else "ts"
+
+
+def leaks(
+    s: Subject,
+    call: Call,
+    axes: str,
+    places: Iterable[int],
+    values: Iterable[float],
+    where: str,
+    *,
+    gradients_to: float = math.inf,
+    **extra: Any,
+) -> None:
+    """Breaks the law if one of `values` after one of the queries `places` is noticed before.
+
+    Gradients are checked under values up to `gradients_to`, outputs under all.
+    """
+    T, values = call.size("t"), tuple(values)
+    for t in places:
+        weight = torch.zeros_like(s.run(call, **extra))
+        weight[:, :, : t + 1] = s.cotangent(weight)[:, :, : t + 1]
+        expected, wanted = s.gradients(call, weight=weight, **extra)
+        for value in values:
+            what = f"{value:g} after query {t}, {where}"
+            changed = s.run(_after(s, call, axes, t + 1, value), **extra)
+            s.identical(changed[:, :, : t + 1], expected[:, :, : t + 1], f"{what}: output")
+            if abs(value) > gradients_to:
+                continue
+            # A later row of huge queries and keys may itself overflow, and 0 times its inf
+            # is no zero: for gradients, later queries are at most 1e4.
+            mild = _after(s, call, axes, t + 1, value, most=1e4)
+            out, gradients = s.gradients(mild, weight=weight, **extra)
+            s.identical(out[:, :, : t + 1], expected[:, :, : t + 1], f"{what}: output")
+            for name, gradient in gradients.items():
+                early, late = gradient, None
+                before = wanted[name]
+                for position, axis in enumerate(call.axes[name]):
+                    if axis in axes:
+                        late = early.narrow(position, t + 1, T - t - 1)
+                        early = early.narrow(position, 0, t + 1)
+                        before = before.narrow(position, 0, t + 1)
+                s.identical(early, before, f"{what}: gradient of {name}")
+                if late is not None:
+                    s.zero(late, f"{what}: gradient of later {name}")
 
 
 def _after(
