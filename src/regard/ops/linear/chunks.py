@@ -63,6 +63,7 @@ def through(state: Tensor, run: Run | None) -> Tensor:
 
 
 def decay_shape(log_decay: Tensor | None, wanted: bool) -> tuple[int, ...]:
+    """The shape of the decay's gradient: empty where none is wanted or there is no decay."""
     return tuple(log_decay.shape) if wanted and log_decay is not None else (0,)
 
 

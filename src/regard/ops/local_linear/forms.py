@@ -131,6 +131,7 @@ def options(call: Call) -> tuple[Any, ...]:
 
 
 def run_eager(call: Call) -> Answer:
+    """The blockwise form: a Gaussian kernel becomes a dot product with biases first."""
     dot = as_dot(call) if call.kernel == "gaussian" else call
     # The options are those of the call: float32 copies of 16-bit inputs do not change the solver.
     out, slope, lse, iterations, residual = local_linear_fwd(*operands(dot), *options(call))
