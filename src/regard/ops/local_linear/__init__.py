@@ -51,6 +51,7 @@ def local_linear_attention(
     return_state: bool = False,
     return_aux: bool = False,
     grad: Literal["exact", "official"] = "exact",
+    precision: Literal["auto", "high", "fast"] = "auto",
     impl: str = "auto",
 ) -> Any:
     """Attention as local regression: fits v ~ b + W (k - q) around each query and returns b.
@@ -113,8 +114,11 @@ def local_linear_attention(
         return_aux: also return a `LocalLinearAux`.
         grad: "official" leaves a term out of the gradient, as the authors' backward does: it
             holds lambda times the normaliser of the weights constant.
+        precision: of the operands of products in forms that round them to 16 bits; a hint that
+            all others exceed.
         impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice;
-            refuses solver, tol, tol_backward, max_iters and block_size, which it does not have).
+            refuses solver, tol, tol_backward, max_iters, block_size and precision, which it does
+            not have).
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state and
@@ -179,6 +183,7 @@ def local_linear_attention(
     settings = {
         "solver": None if solver == "auto" else solver, "tol": tol, "tol_backward": tol_backward,
         "max_iters": max_iters, "block_size": block_size,
+        "precision": None if precision == "auto" else precision,
     }
     given = tuple(name for name, value in settings.items() if value is not None)
     tol = forms.TOLERANCE[q.dtype] if tol is None else tol
@@ -187,7 +192,7 @@ def local_linear_attention(
         q, k, v, causal, ridge, ridge_mode, scale, key_mask, key_bias, log_decay, window,
         tol, tol_backward, solver, kernel, intercept, covariance_block, grad,
         max_iters or 0, block_size or 0, state is not None or return_state,
-        given=given,
+        precision=precision, given=given,
     )
     forms.check(op, sizes, call)
     answer, after = forms.attend(

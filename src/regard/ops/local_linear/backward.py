@@ -92,28 +92,43 @@ def backward(
         if bad is not None:
             heads.put(failed[..., None], block, bad)
     if wanted.solve and solver.rescues(inputs.dtype) and bool(failed.any()):
-        _rescue(inputs, saved, sums, wanted, solver, block_size, failed)
+        more = _again(inputs, saved, wanted, solver, block_size, failed)
+        for total, extra in zip(sums, more, strict=True):
+            total += extra.to(total.dtype)
     return _finish(inputs, sums, wanted)
 
 
-def _rescue(
+def rescue(
     inputs: Inputs,
-    saved: tuple[Tensor, ...],
-    sums: Sums,
+    saved: tuple[Tensor, Tensor, Tensor],
     wanted: Wanted,
     solver: Solver,
     block_size: int,
     failed: Tensor,
-) -> None:
-    """Adds what the rows that could not be solved contribute, in float64."""
+) -> tuple[Tensor, ...]:
+    """What the rows that `failed` [B, H, T] says contribute to the gradients, from float64.
+
+    For forms of any kind, which leave those rows out; `saved` are grad, slope and lse.
+    """
+    return _finish(inputs, _again(inputs, saved, wanted, solver, block_size, failed), wanted)
+
+
+def _again(
+    inputs: Inputs,
+    saved: tuple[Tensor, ...],
+    wanted: Wanted,
+    solver: Solver,
+    block_size: int,
+    failed: Tensor,
+) -> Sums:
+    """The contributions of some rows [B, H, T], in float64."""
     wide, solver = replace(inputs, wide=True), replace(solver, direct=True)
     more = _zeros(wide, wanted)
     for heads, block in walk(wide, block_size, Workspace(inputs.q, torch.float64)):
         only = heads.flags(failed, block)
         if bool(only.any()):
             _one_block(wide, heads, block, saved, more, wanted, solver, only)
-    for total, extra in zip(sums, more, strict=True):
-        total += extra.to(total.dtype)
+    return more
 
 
 def _zeros(inputs: Inputs, wanted: Wanted) -> Sums:

@@ -42,17 +42,35 @@ def forward(inputs: Inputs, solver: Solver, block_size: int) -> Result:
     """The outputs of every query; no gradient is recorded here."""
     result = empty_result(inputs)
     for heads, block, found, only in fits(inputs, solver, block_size):
-        out = found.slope.new_zeros(*found.slope.shape[:2], heads.v.shape[2])
-        total = torch.zeros_like(found.inverse)
-        for c0, c1 in block.tiles():
-            tile = signed(heads, block, found, c0, c1)
-            total += tile.sum(-1, keepdim=True)
-            heads.collect(out, tile, heads.values(block, c0, c1))
-        out *= _inverse(heads, found.inverse, total)
-        rows = (out, found.slope, found.lse, found.iterations, found.residual)
-        for target, values in zip(result, rows, strict=True):
-            heads.put(target if target.dim() == 4 else target[..., None], block, values, only)
+        _put(result, heads, block, found, only)
     return result
+
+
+def rescue(
+    inputs: Inputs, solver: Solver, block_size: int, result: Result, failed: Tensor
+) -> None:
+    """Solves the rows that `failed` [B, H, T] says directly in float64, into `result`.
+
+    For forms of any kind: whether a row is solved again depends on nothing but that row.
+    """
+    for heads, block, found, only in _again(inputs, solver, block_size, failed):
+        _put(result, heads, block, found, only)
+
+
+def _put(
+    result: Result, heads: Heads, block: Block, found: Fit, only: Tensor | None
+) -> None:
+    """The output of a fitted block, and what else there is to tell of it."""
+    out = found.slope.new_zeros(*found.slope.shape[:2], heads.v.shape[2])
+    total = torch.zeros_like(found.inverse)
+    for c0, c1 in block.tiles():
+        tile = signed(heads, block, found, c0, c1)
+        total += tile.sum(-1, keepdim=True)
+        heads.collect(out, tile, heads.values(block, c0, c1))
+    out *= _inverse(heads, found.inverse, total)
+    rows = (out, found.slope, found.lse, found.iterations, found.residual)
+    for target, values in zip(result, rows, strict=True):
+        heads.put(target if target.dim() == 4 else target[..., None], block, values, only)
 
 
 def forward_given(inputs: Inputs, probe: Tensor, block_size: int) -> Result:
@@ -138,8 +156,14 @@ def fits(
         found = fit(inputs, heads, block, solver, last=last)
         heads.put(failed[..., None], block, found.failed)
         yield heads, block, found, None
-    if not solver.rescues(inputs.dtype) or not bool(failed.any()):
-        return
+    if solver.rescues(inputs.dtype) and bool(failed.any()):
+        yield from _again(inputs, solver, block_size, failed)
+
+
+def _again(
+    inputs: Inputs, solver: Solver, block_size: int, failed: Tensor
+) -> Iterator[tuple[Heads, Block, Fit, Tensor | None]]:
+    """The blocks that hold rows of `failed` [B, H, T], fitted directly in float64."""
     wide, solver = replace(inputs, wide=True), replace(solver, direct=True)
     space = Workspace(inputs.q, torch.float64)
     for heads, block in walk(wide, block_size, space):

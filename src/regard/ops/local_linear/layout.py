@@ -39,6 +39,7 @@ class Inputs:
     covariance_block: int = 0  # size of the diagonal blocks of covariances; 0: whole
     row_bias: Tensor | None = None  # [B, H, T], counted in the log-sum-exp only
     probe: Tensor | None = None  # g [B, H, T, D] where it is given instead of solved for
+    average: bool = False  # g = 0: softmax attention
     wide: bool = False  # compute in float64, whatever the inputs are
 
     @property

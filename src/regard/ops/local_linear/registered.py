@@ -1,8 +1,13 @@
-"""The blockwise form as `regard::local_linear_fwd` and `regard::local_linear_bwd`."""
+"""Every compiled form of the engine as a pair of operators, `regard::<name>_fwd` and `_bwd`.
+
+All have one schema: fakes, autograd and vmap are written once. A form brings two functions.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +27,8 @@ _OPERANDS = (
 )
 _OPTIONS = (
     "bool causal, int left, int right, bool absolute, bool intercept, bool frozen, "
-    "int covariance_block, bool direct, float tol, float tol_backward, int max_iters, "
-    "int block_size"
+    "int covariance_block, bool average, bool direct, float tol, float tol_backward, "
+    "int max_iters, int block_size, str precision"
 )
 _GRADIENTS = ("q", "k", "v", "ridge", "scale", "key_bias", "decay_sums", "row_bias", "probe")
 _NAMES = (
@@ -31,92 +36,196 @@ _NAMES = (
     "row_bias", "probe",
 )
 _COUNT = len(_NAMES)
+_OF_INPUTS = 8  # the first options belong to `Inputs`, the others to `Options`
 
 
-def inputs_of(operands: tuple[Any, ...], options: tuple[Any, ...]) -> Inputs:
-    """The arguments of the registered op by name."""
+@dataclass(frozen=True)
+class Options:
+    """How a form is to compute: nothing here changes what is computed."""
+
+    direct: bool
+    tol: float
+    tol_backward: float
+    max_iters: int  # 0: 2 D + 8
+    block_size: int  # 0: by the sizes
+    precision: str
+
+    def solver(self, D: int, *, backward: bool = False) -> Solver:
+        """Of the forward, or of the backward, for a head size."""
+        iterations = self.max_iters if self.max_iters > 0 else 2 * D + 8
+        return Solver(self.direct, self.tol_backward if backward else self.tol, iterations)
+
+
+class Extra(NamedTuple):
+    """One more result of a form's forward, kept for its own backward; batch is the first axis."""
+
+    name: str
+    shape: Callable[[Inputs], Sequence[int]]
+    dtype: torch.dtype = torch.float32
+
+
+Forward = Callable[[Inputs, Options], Sequence[Tensor]]
+Backward = Callable[
+    [Inputs, Options, Tensor, Tensor, Tensor, tuple[Tensor, ...], gradients.Wanted],
+    tuple[Tensor, ...],
+]
+
+
+def inputs_of(operands: Sequence[Any], options: Sequence[Any]) -> Inputs:
+    """The arguments of a registered op by name."""
     q, k, v, ridge, scale, key_mask, key_bias, sums, first, row_bias, probe = operands
-    causal, left, right, absolute, intercept, frozen, covariance_block = options[:7]
+    causal, left, right, absolute, intercept, frozen, covariance_block, average = options[:8]
     decay = None if sums is None else DecaySums(sums, first)
     window = (left, right)
     return Inputs(
         q, k, v, ridge, scale, key_mask, key_bias, decay, causal, window, absolute, intercept,
-        frozen, covariance_block, row_bias, probe,
+        frozen, covariance_block, row_bias, probe, average,
     )
 
 
-def _solver(q: Tensor, direct: bool, tol: float, max_iters: int) -> Solver:
-    return Solver(direct, tol, max_iters if max_iters > 0 else 2 * q.shape[3] + 8)
+def register(
+    name: str, forward: Forward, backward: Backward, extras: tuple[Extra, ...] = ()
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Defines `regard::<name>_fwd` and `regard::<name>_bwd` and returns the former.
 
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, options = arguments[:_COUNT], arguments[_COUNT:]
-    direct, tol, _, max_iters, block_size = options[7:]
-    with without_autocast(operands[0]):
-        inputs = inputs_of(operands, options)
-        if inputs.probe is not None:
-            return tuple(blockwise.forward_given(inputs, inputs.probe, block_size))
-        solver = _solver(inputs.q, direct, tol, max_iters)
-        return tuple(blockwise.forward(inputs, solver, block_size))
-
-
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    q, v = arguments[0], arguments[2]
-    rows, dtype = q.shape[:3], compute_dtype(q.dtype)
-    return (
-        q.new_empty(*rows, v.shape[3]),
-        q.new_empty(q.shape, dtype=dtype),
-        q.new_empty(rows, dtype=dtype),
-        q.new_empty(rows, dtype=torch.int32),
-        q.new_empty(rows, dtype=dtype),
+    `forward(inputs, options)` returns out [B, H, T, Dv] in q's dtype, slope [B, H, T, D] and
+    lse [B, H, T] in the compute dtype, iterations (int32) and residual [B, H, T], and `extras`.
+    `backward(inputs, options, grad, slope, lse, extras, wanted)` returns a gradient for each
+    name of `Wanted`, in the shape and dtype of its operand; an empty tensor where none is wanted.
+    """
+    pair = _Pair(name, forward, backward, extras)
+    saved = "".join(f", Tensor {extra.name}" for extra in extras)
+    pair.bwd = define(
+        f"{name}_bwd",
+        f"(Tensor grad, Tensor slope, Tensor lse{saved}, bool[] wanted, "
+        f"{_OPERANDS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_GRADIENTS))})",
+        pair.run_backward,
+        pair.fake_backward,
+        backward=_no_double_backward,
+        vmap=pair.vmap_backward,
     )
+    pair.fwd = define(
+        f"{name}_fwd",
+        f"({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor slope, Tensor lse, "
+        f"Tensor iterations, Tensor residual{saved})",
+        pair.run_forward,
+        pair.fake_forward,
+        backward=pair.differentiate,
+        setup_context=pair.save,
+        vmap=pair.vmap_forward,
+    )
+    return pair.fwd
 
 
-def _backward(
-    grad: Tensor, slope: Tensor, lse: Tensor, wanted: list[bool], *rest: Any
-) -> tuple[Tensor, ...]:
-    operands, options = rest[:_COUNT], rest[_COUNT:]
-    direct, _, tol, max_iters, block_size = options[7:]
-    with without_autocast(operands[0]):
+@dataclass
+class _Pair:
+    """What the two operators of a form do in each of torch's worlds."""
+
+    name: str
+    forward: Forward
+    backward: Backward
+    extras: tuple[Extra, ...]
+    fwd: Any = None
+    bwd: Any = None
+
+    @property
+    def saved(self) -> int:
+        """Tensors before `wanted` among the backward's arguments."""
+        return 3 + len(self.extras)
+
+    def run_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        operands, options = arguments[:_COUNT], arguments[_COUNT:]
+        with without_autocast(operands[0]):
+            return tuple(self.forward(inputs_of(operands, options), Options(*options[_OF_INPUTS:])))
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        operands, options = arguments[:_COUNT], arguments[_COUNT:]
+        q, v = operands[0], operands[2]
+        rows, dtype = q.shape[:3], compute_dtype(q.dtype)
         inputs = inputs_of(operands, options)
-        solver = _solver(inputs.q, direct, tol, max_iters)
-        return gradients.backward(
-            inputs, grad, slope, lse, gradients.Wanted(*wanted), solver, block_size
+        return (
+            q.new_empty(*rows, v.shape[3]),
+            q.new_empty(q.shape, dtype=dtype),
+            q.new_empty(rows, dtype=dtype),
+            q.new_empty(rows, dtype=torch.int32),
+            q.new_empty(rows, dtype=dtype),
+            *(q.new_empty(extra.shape(inputs), dtype=extra.dtype) for extra in self.extras),
         )
 
+    def _parts(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Saved tensors, wanted, operands and options of the backward."""
+        at = self.saved
+        rest = arguments[at + 1 :]
+        return arguments[:at], arguments[at], rest[:_COUNT], rest[_COUNT:]
 
-def _backward_fake(
-    grad: Tensor, slope: Tensor, lse: Tensor, wanted: list[bool], *rest: Any
-) -> tuple[Tensor, ...]:
-    named = dict(zip(_NAMES, rest[:_COUNT], strict=True))
-    q = named["q"]
-    return tuple(
-        named[name].new_empty(named[name].shape) if want else q.new_empty(0)
-        for name, want in zip(_GRADIENTS, wanted, strict=True)
-    )
+    def run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        (grad, slope, lse, *extras), wanted, operands, options = self._parts(arguments)
+        with without_autocast(operands[0]):
+            return self.backward(
+                inputs_of(operands, options), Options(*options[_OF_INPUTS:]), grad, slope, lse,
+                tuple(extras), gradients.Wanted(*wanted),
+            )
 
+    def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        _, wanted, operands, _ = self._parts(arguments)
+        named = dict(zip(_NAMES, operands, strict=True))
+        return tuple(
+            named[name].new_empty(named[name].shape) if want else operands[0].new_empty(0)
+            for name, want in zip(_GRADIENTS, wanted, strict=True)
+        )
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, slope, lse, _, _ = output
-    ctx.save_for_backward(*inputs[:_COUNT], slope, lse)
-    ctx.options = inputs[_COUNT:]
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, slope, lse, _, _, *extras = output
+        ctx.save_for_backward(*inputs[:_COUNT], slope, lse, *extras)
+        ctx.options = inputs[_COUNT:]
 
+    def differentiate(self, ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # nothing will be recorded: nor should the op look so
+            saved = [x if x is None else x.detach() for x in saved]
+        operands, of_rows = saved[:_COUNT], saved[_COUNT:]
+        needed = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
+        wanted = [needed[name] for name in _GRADIENTS]
+        grads = self.bwd(grad, *of_rows, wanted, *operands, *ctx.options)
+        found = {name: g for name, g, w in zip(_GRADIENTS, grads, wanted, strict=True) if w}
+        return tuple(found.get(name) for name in _NAMES) + (None,) * len(ctx.options)
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    if not torch.is_grad_enabled():  # nothing will be recorded: the op need not look as if it were
-        saved = [x if x is None else x.detach() for x in saved]
-    *operands, slope, lse = saved
-    needed = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
-    wanted = [needed[name] for name in _GRADIENTS]
-    grads = _bwd(grad, slope, lse, wanted, *operands, *ctx.options)
-    found = {name: g for name, g, w in zip(_GRADIENTS, grads, wanted, strict=True) if w}
-    return tuple(found.get(name) for name in _NAMES) + (None,) * len(ctx.options)
+    def vmap_forward(self, info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
+        count, batch = info.batch_size, _batch_of(arguments[0], axes[0])
+        pairs = zip(arguments[:_COUNT], axes, strict=False)
+        operands = [_batched(x, axis, count, batch) for x, axis in pairs]
+        results = self.fwd(*operands, *arguments[_COUNT:])
+        return tuple(x.unflatten(0, (count, batch)) for x in results), (0,) * len(results)
+
+    def vmap_backward(self, info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
+        saved, wanted, operands, options = self._parts(arguments)
+        _, _, axes_of_operands, _ = self._parts(axes)
+        count, batch = info.batch_size, _batch_of(operands[0], axes_of_operands[0])
+        of_rows = [
+            _batched(x, axis, count, batch) for x, axis in zip(saved, axes, strict=False)
+        ]
+        tensors = [
+            _batched(x, axis, count, batch)
+            for x, axis in zip(operands, axes_of_operands, strict=True)
+        ]
+        grads = self.bwd(*of_rows, wanted, *tensors, *options)
+        named = dict(
+            zip(_NAMES, zip(operands, axes_of_operands, strict=True), strict=True)
+        )
+        results = []
+        for name, grad, want in zip(_GRADIENTS, grads, wanted, strict=True):
+            if want:
+                grad = grad.unflatten(0, (count, batch))
+                operand, axis = named[name]
+                if _batch_of(operand, axis) != batch:  # it was shared by the batch
+                    grad = grad.sum(1, keepdim=True)
+            results.append(grad)
+        return tuple(results), tuple(0 if want else None for want in wanted)
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "local linear attention, or Parallax: the blockwise form is differentiable once; "
+        "local linear attention, or Parallax: the compiled forms are differentiable once; "
         "use impl='reference' for derivatives of the gradient"
     )
 
@@ -133,48 +242,32 @@ def _batch_of(q: Tensor, axis: int | None) -> int:
     return q.shape[1 if axis == 0 else 0]
 
 
-def _forward_vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
-    count, batch = info.batch_size, _batch_of(arguments[0], axes[0])
-    pairs = zip(arguments[:_COUNT], axes, strict=False)
-    operands = [_batched(x, axis, count, batch) for x, axis in pairs]
-    results = local_linear_fwd(*operands, *arguments[_COUNT:])
-    return tuple(x.unflatten(0, (count, batch)) for x in results), (0,) * len(results)
+def _eager_forward(inputs: Inputs, options: Options) -> Sequence[Tensor]:
+    inputs = _with_probe(inputs)
+    if inputs.probe is not None:
+        return blockwise.forward_given(inputs, inputs.probe, options.block_size)
+    return blockwise.forward(inputs, options.solver(inputs.q.shape[3]), options.block_size)
 
 
-def _backward_vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> Any:
-    count, batch, wanted = info.batch_size, _batch_of(arguments[4], axes[4]), arguments[3]
-    last = 4 + _COUNT
-    places = (0, 1, 2, *range(4, last))
-    tensors = [_batched(arguments[i], axes[i], count, batch) for i in places]
-    grads = _bwd(*tensors[:3], wanted, *tensors[3:], *arguments[last:])
-    named = dict(zip(_NAMES, zip(arguments[4:last], axes[4:last], strict=True), strict=True))
-    results = []
-    for name, grad, want in zip(_GRADIENTS, grads, wanted, strict=True):
-        if want:
-            grad = grad.unflatten(0, (count, batch))
-            operand, axis = named[name]
-            if _batch_of(operand, axis) != batch:  # it was shared by the batch
-                grad = grad.sum(1, keepdim=True)
-        results.append(grad)
-    return tuple(results), tuple(0 if want else None for want in wanted)
+def _eager_backward(
+    inputs: Inputs,
+    options: Options,
+    grad: Tensor,
+    slope: Tensor,
+    lse: Tensor,
+    extras: tuple[Tensor, ...],
+    wanted: gradients.Wanted,
+) -> tuple[Tensor, ...]:
+    solver = options.solver(inputs.q.shape[3], backward=True)
+    inputs = _with_probe(inputs)
+    return gradients.backward(inputs, grad, slope, lse, wanted, solver, options.block_size)
 
 
-_bwd = define(
-    "local_linear_bwd",
-    "(Tensor grad, Tensor slope, Tensor lse, bool[] wanted, "
-    f"{_OPERANDS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_GRADIENTS))})",
-    _backward,
-    _backward_fake,
-    backward=_no_double_backward,
-    vmap=_backward_vmap,
-)
-local_linear_fwd = define(
-    "local_linear_fwd",
-    f"({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor slope, Tensor lse, "
-    "Tensor iterations, Tensor residual)",
-    _forward,
-    _forward_fake,
-    backward=_differentiate,
-    setup_context=_save,
-    vmap=_forward_vmap,
-)
+def _with_probe(inputs: Inputs) -> Inputs:
+    """g = 0 where an average is asked for."""
+    if not inputs.average:
+        return inputs
+    return replace(inputs, probe=torch.zeros_like(inputs.q), average=False)
+
+
+local_linear_fwd = register("local_linear", _eager_forward, _eager_backward)
