@@ -18,8 +18,9 @@ from regard.core.state import load_state
 from regard.explain import explain
 
 if TYPE_CHECKING:
-    from regard import bench, mixers, native, recipes, sklearn, tasks, testing
+    from regard import bench, mixers, models, native, recipes, sklearn, tasks, testing
     from regard.bench.compare import compare
+    from regard.models import create_model
     from regard.torch_api import scaled_dot_product_attention
 
 try:
@@ -34,7 +35,9 @@ mechanisms = Mechanisms("regard.ops")
 _LAZY = {
     "bench": "regard.bench",
     "compare": "regard.bench.compare:compare",
+    "create_model": "regard.models:create_model",
     "mixers": "regard.mixers",
+    "models": "regard.models",
     "native": "regard.native",
     "recipes": "regard.recipes",
     "scaled_dot_product_attention": "regard.torch_api:scaled_dot_product_attention",
@@ -64,10 +67,12 @@ __all__ = [
     "Pattern",
     "bench",
     "compare",
+    "create_model",
     "explain",
     "load_state",
     "mechanisms",
     "mixers",
+    "models",
     "native",
     "ops",
     "recipes",

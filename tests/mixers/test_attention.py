@@ -27,6 +27,7 @@ from mixers.subjects import (
 )
 from regard.core.patterns import Pattern
 from regard.mixers import Attention, rotate
+from regard.mixers.operands import is_probe
 
 OFFSETS = torch.tensor([0, 3], dtype=torch.int32)
 
@@ -215,6 +216,7 @@ def test_state_dict_round_trip(card, tmp_path):
     names |= {"q_norm.weight", "k_norm.weight", "short_conv.weight"}
     for operand in card.operands:
         leaves = ("free",) if operand.source == "head" else ("weight", "bias")
+        leaves = ("weight", "norm.weight") if is_probe(operand) else leaves
         names |= {f"operands.{operand.name}.{leaf}" for leaf in leaves}
     assert set(layer.state_dict()) == names
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
@@ -311,7 +313,7 @@ def test_a_wrong_setting_is_named(settings, message):
         ({}, {"key_mask": torch.ones(2, 3)}, "key_mask must be a bool tensor"),
         ({}, {"key_mask": torch.ones(2, 4).bool()}, "key_mask must be of shape [2, 3]"),
         ({}, {"return_state": 1}, "return_state must be True or False, got 1"),
-        ({}, {"state": 3}, "state must be None or the StateGroup that Attention returned, got int"),
+        ({}, {"state": 3}, "state must be None or a StateGroup, got int"),
         ({}, {"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens must be an int32 tensor"),
         (
             {},

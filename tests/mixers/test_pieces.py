@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid, silu, softplus
 
 from regard.core.budgets import budget, relative_error
 from regard.core.card import Operand
-from regard.mixers import RMSNorm, ShortConvolution, rotate
+from regard.mixers import RMSNorm, ShortConvolution, UnitNorm, rotate
 from regard.mixers.operands import HeadOperand, Operands, TokenOperand
 from regard.mixers.positions import positions
 
@@ -173,3 +173,42 @@ def test_operands_of_all_sources():
 def test_operands_that_no_generic_layer_makes(operand):
     with pytest.raises(ValueError, match="op: mechanism must be one whose operands"):
         Operands("op", (operand,), 7, SIZES)
+
+
+def test_unit_norm_is_of_length_one():
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    expected = x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    assert relative_error(UnitNorm()(x), expected) < 1e-14
+    assert not UnitNorm()(torch.zeros(2, 4)).any()
+    half = x.bfloat16()
+    assert UnitNorm()(half).dtype == torch.bfloat16
+    assert relative_error(UnitNorm()(half), UnitNorm()(half.double())) < budget(torch.bfloat16)
+
+
+def test_a_convolution_with_a_bias():
+    plain, biased = ShortConvolution(4, 3).double(), ShortConvolution(4, 3, bias=True).double()
+    assert set(biased.state_dict()) == {"weight", "bias"}
+    assert not biased.bias.any()
+    biased.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    assert torch.equal(biased(x)[0], plain(x)[0])
+    with torch.no_grad():
+        biased.bias.copy_(torch.arange(4))
+        biased.weight.zero_()
+    rows = silu(torch.arange(4, dtype=torch.float64)).expand(2, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()
+    assert relative_error(biased(x, key_mask=mask)[0][mask], rows[mask]) < 1e-14
+    assert not biased(x, key_mask=mask)[0][~mask].any()
+
+
+def test_a_probe_is_a_query_without_a_bias():
+    probe = TokenOperand(Operand("r", "b h t d", "query", "free"), 6, SIZES, norm=True)
+    assert set(probe.state_dict()) == {"weight", "norm.weight"}
+    vectors = probe(torch.randn(2, 5, 6))
+    assert vectors.shape == (2, 4, 5, 3)
+    assert relative_error(vectors.square().mean(-1), torch.ones(2, 4, 5)) < 1e-3
+    free = TokenOperand(Operand("c", "b h t", "query", "free"), 6, SIZES, norm=True)
+    assert set(free.state_dict()) == {"weight", "bias"}
+    gate = Operand("log_decay", "b hk s", "key", "log_decay")
+    assert TokenOperand(gate, 6, SIZES).bias.tolist() == [3.0, 3.0]
+    assert TokenOperand(gate, 6, SIZES, start=0.0).bias.tolist() == [0.0, 0.0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +30,8 @@ class Attention(nn.Module):
     with, in this order and where asked for: a short convolution with SiLU over q, k and v; RMS
     norm of every head of q and k with a learned gain; rotary positions; the gate. What a
     mechanism wants beside q, k and v is made from its card: an operand of a query or a key is
-    a linear map of the token, one of a head is a parameter, each linked into its domain.
+    a linear map of the token, one of a head is a parameter, each linked into its domain; a probe
+    (Parallax's r) has the norm and the positions of the query.
 
     Args:
         dim: C, the size of a token (of x and of memory).
@@ -50,7 +51,8 @@ class Attention(nn.Module):
             would not follow the module to another device.
 
     A masked token does not exist: it is seen by nobody, takes up no position and no place in
-    the convolution, whatever it contains, and its own output is 0.
+    the convolution, whatever it contains, and its own output is 0. Only a `window` among the
+    options counts places, not real tokens: with one, padding belongs on the left.
 
     Precision: that of the op; learned operands and gates of forgetting are float32 at least.
     Cost: O((T + S) C H D), and that of the op.
@@ -66,7 +68,10 @@ class Attention(nn.Module):
     True
     """
 
+    # What a subclass may do in its own way.
     LEARNED: tuple[str, ...] = ()  # arguments of the op that `learned` gives
+    CONVOLVED: ClassVar[tuple[str, ...]] = ("q", "k", "v")  # by the short convolution
+    GATE: ClassVar[Callable[[Tensor], Tensor]] = torch.sigmoid
 
     def __init__(
         self,
@@ -103,12 +108,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, kv_width, bias=False)
         self.o_proj = nn.Linear(width, dim, bias=False)
         self.g_proj = nn.Linear(dim, width, bias=False) if output_gate else None
-        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
-        channels = width + 2 * kv_width
+        self.q_norm: nn.Module | None = RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm: nn.Module | None = RMSNorm(self.head_dim) if qk_norm else None
+        self.o_norm: nn.Module | None = None  # of every head of the output, by a subclass
+        channels = sum(width if name == "q" else kv_width for name in self.CONVOLVED)
         self.short_conv = ShortConvolution(channels, short_conv) if short_conv else None
         sizes = {"h": heads, "hk": self.kv_heads, "d": self.head_dim, "dv": self.head_dim}
-        self.operands = Operands(op, tuple(self.card.operands), dim, sizes)
+        self.operands = Operands(op, tuple(self.card.operands), dim, sizes, norm=qk_norm)
         self.dropout = nn.Dropout(arguments.check_dropout(op, dropout))
 
     def extra_repr(self) -> str:
@@ -152,21 +158,28 @@ class Attention(nn.Module):
         if key_mask is not None:
             source = torch.where(key_mask[..., None], source, 0.0)
             x = x if cross else source
-        q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        parts = {"q": self.q_proj(x), "k": self.k_proj(source), "v": self.v_proj(source)}
         convolved = None
         if self.short_conv is not None:
             past = state["short_conv"]["inputs"] if state is not None else None
+            chosen = [parts[name] for name in self.CONVOLVED]
             joined, convolved = self.short_conv(
-                torch.cat([q, k, v], 2), key_mask=key_mask, cu_seqlens=cu_seqlens, past=past
+                torch.cat(chosen, 2), key_mask=key_mask, cu_seqlens=cu_seqlens, past=past
             )
-            q, k, v = joined.split([q.shape[2], k.shape[2], v.shape[2]], 2)
-        q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+            pieces = joined.split([part.shape[2] for part in chosen], 2)
+            parts |= dict(zip(self.CONVOLVED, pieces, strict=True))
+        q, k, v = (
+            part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts.values()
+        )
+        operands = self.operands(x, source)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
             at = positions(x.shape[1], key_mask, cu_seqlens, x.device) + self._tokens_before(state)
             q, k = rotate(q, at, self.rope_base), rotate(k, at, self.rope_base)
-        given = {**self.options, **self.operands(x, source), **self.learned()}
+            for name in self.operands.probes:
+                operands[name] = rotate(operands[name], at, self.rope_base)
+        given = {**self.options, **operands, **self.learned()}
         given |= {name: value for name, value in inputs.items() if value is not None}
         if state is not None:
             given["state"] = state["attention"]
@@ -184,9 +197,11 @@ class Attention(nn.Module):
         return {}
 
     def _project(self, out: Tensor, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self.o_norm is not None:
+            out = self.o_norm(out)
         out = out.transpose(1, 2).flatten(2)
         if self.g_proj is not None:
-            out = out * self.g_proj(x).sigmoid()
+            out = out * type(self).GATE(self.g_proj(x))
         y = self.dropout(self.o_proj(out))
         return y if key_mask is None else torch.where(key_mask[..., None], y, 0.0)
 

@@ -17,7 +17,7 @@ from regard.mixers.positions import positions
 class ShortConvolution(nn.Module):
     """Each channel's weighted sum over the last few tokens, through SiLU.
 
-        y_t = silu(sum_j w_j x_(t-j)),   j = 0 .. size - 1
+        y_t = silu(sum_j w_j x_(t-j) + b),   j = 0 .. size - 1
 
     where t counts real tokens: padding is left out (not read as zero between real tokens), and
     a sequence of a pack does not see its neighbours. Masked places give 0.
@@ -25,6 +25,7 @@ class ShortConvolution(nn.Module):
     Args:
         channels: C.
         size: tokens seen, the present one included.
+        bias: whether there is a b, zero at the start.
 
     Precision: sums in float32 at least; the result has x's dtype.
     Cost: O(T C size).
@@ -39,16 +40,19 @@ class ShortConvolution(nn.Module):
     (True, torch.Size([2, 3, 8]))
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, bias: bool = False) -> None:
         super().__init__()
         self.size = size
         self.weight = nn.Parameter(torch.empty(channels, size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Uniform weights, as `nn.Conv1d` draws them."""
         bound = 1 / math.sqrt(self.size)
         nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, size={self.size}"
@@ -97,6 +101,8 @@ class ShortConvolution(nn.Module):
             if at is not None:
                 piece = torch.where((at >= back)[..., None], piece, 0.0)
             total = total + piece * taps[back]
+        if self.bias is not None:
+            total = total + self.bias.to(total.dtype)
         return silu(total).to(line.dtype)
 
 

@@ -1,4 +1,4 @@
-"""RMS norm, summed in float32 at least."""
+"""Norms over the last axis, summed in float32 at least."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class RMSNorm(nn.Module):
     True
     """
 
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
+    def __init__(self, size: int, eps: float = 1e-6, start: float = 1.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.start = eps, start
         self.weight = nn.Parameter(torch.empty(size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A gain of 1."""
-        nn.init.ones_(self.weight)
+        """The gain at its start."""
+        nn.init.constant_(self.weight, self.start)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps:g}"
@@ -43,3 +43,27 @@ class RMSNorm(nn.Module):
         wide = x.to(compute_dtype(x.dtype))
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * inverse * self.weight).to(x.dtype)
+
+
+class UnitNorm(nn.Module):
+    """Brings the last axis to length 1; there is nothing to learn.
+
+        y = x / sqrt(sum(x^2) + eps)
+
+    Precision: in float32 at least; the result has x's dtype. A row of zeros stays zero.
+
+    >>> UnitNorm()(torch.tensor([300.0, 400.0]))
+    tensor([0.6000, 0.8000])
+    """
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps:g}"
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The same shape and dtype."""
+        wide = x.to(compute_dtype(x.dtype))
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + self.eps)).to(x.dtype)

@@ -3,6 +3,8 @@
 An operand of the query or the key is a linear map of its token, one of the head is a parameter.
 A link takes it into its domain: sigmoid for "unit", softplus for "positive", log-sigmoid for
 "log_decay" (a learned forget gate), nothing for "free". Linked values are float32 at least.
+A *probe*, a free vector [B, H, T, D] of every query, is compared with keys as the query is: its
+map has no bias, and the layer normalises and turns it like the query.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch.nn import functional
 from regard.core.card import Domain, Operand
 from regard.core.checks import reject, words
 from regard.core.precision import compute_dtype
+from regard.mixers.norms import RMSNorm
 
 LINKS: dict[Domain, Callable[[Tensor], Tensor]] = {
     "unit": torch.sigmoid,
@@ -39,6 +42,12 @@ def check_operand(op: str, operand: Operand) -> None:
         raise reject(op, "mechanism", accepted, words(got))
 
 
+def is_probe(operand: Operand) -> bool:
+    """Whether the operand is a vector among the keys, as the query is."""
+    axes = operand.shape.split()
+    return axes == ["b", "h", "t", "d"] and (operand.source, operand.domain) == ("query", "free")
+
+
 def linked(operand: Operand, free: Tensor) -> Tensor:
     """`free` taken into the operand's domain."""
     if operand.domain == "free":
@@ -47,20 +56,34 @@ def linked(operand: Operand, free: Tensor) -> Tensor:
 
 
 class TokenOperand(nn.Linear):
-    """An operand of every query or key: a linear map of the token, linked and shaped."""
+    """An operand of every query or key: a linear map of the token, linked and shaped.
 
-    def __init__(self, operand: Operand, dim: int, sizes: Mapping[str, int]) -> None:
+    `start` is where the bias begins, None: where the domain says. `norm` gives a probe an RMS
+    norm of every head, with a learned gain.
+    """
+
+    def __init__(
+        self,
+        operand: Operand,
+        dim: int,
+        sizes: Mapping[str, int],
+        start: float | None = None,
+        norm: bool = False,
+    ) -> None:
         self.operand = operand
+        self.start = STARTS.get(operand.domain, 0.0) if start is None else start
         self.shape = {a: sizes[a] for a in operand.shape.split() if a in sizes}
         channels = 1
         for size in self.shape.values():
             channels *= size
-        super().__init__(dim, channels)
+        super().__init__(dim, channels, bias=not is_probe(operand))
+        self.norm = RMSNorm(self.shape["d"]) if norm and is_probe(operand) else None
 
     def reset_parameters(self) -> None:
-        """As `nn.Linear`, with the bias at the start of the domain."""
+        """As `nn.Linear`, with the bias at its start."""
         super().reset_parameters()
-        nn.init.constant_(self.bias, STARTS.get(self.operand.domain, 0.0))
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.start)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, length, C] -> the operand in the order of its axes."""
@@ -68,6 +91,8 @@ class TokenOperand(nn.Linear):
         # Linked before it is permuted: torch 2.13 compiles log-sigmoid for contiguous inputs only.
         values = linked(self.operand, super().forward(tokens))
         values = values.view(B, length, *self.shape.values())
+        if self.norm is not None:
+            values = self.norm(values)
         token = "t" if self.operand.source == "query" else "s"
         order = ["b", token, *self.shape]
         return values.permute([order.index(axis) for axis in self.operand.shape.split()])
@@ -92,10 +117,15 @@ class HeadOperand(nn.Module):
 
 
 class Operands(nn.ModuleDict):
-    """All operands of a mechanism by name."""
+    """All operands of a mechanism by name; `norm` is for its probes."""
 
     def __init__(
-        self, op: str, operands: tuple[Operand, ...], dim: int, sizes: Mapping[str, int]
+        self,
+        op: str,
+        operands: tuple[Operand, ...],
+        dim: int,
+        sizes: Mapping[str, int],
+        norm: bool = False,
     ) -> None:
         super().__init__()
         for operand in operands:
@@ -103,7 +133,13 @@ class Operands(nn.ModuleDict):
             if operand.source == "head":
                 self[operand.name] = HeadOperand(operand, sizes)
             else:
-                self[operand.name] = TokenOperand(operand, dim, sizes)
+                self[operand.name] = TokenOperand(operand, dim, sizes, norm=norm)
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The names of those that are compared with keys."""
+        modules = self.items()
+        return tuple(n for n, m in modules if isinstance(m, TokenOperand) and is_probe(m.operand))
 
     def forward(self, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """From the tokens that ask and those that are asked, [B, T, C] and [B, S, C]."""
