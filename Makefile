@@ -1,7 +1,7 @@
 # make demo    set up an environment in .venv and compare attention mechanisms on real data
 # make test    the fast tests             make test-all  the slow ones too
 # make check   all that must be green: linter, types, documentation, guards, tests
-# make bench   the benchmarks             make docs      the site, in site/
+# make bench   the benchmarks of a CPU    make docs      the site, in site/
 # make clean   remove what the others made, but for .venv
 #
 # PYTHON=python3.12       the Python to build .venv from (3.11 or later); its torch is reused if it
@@ -25,7 +25,7 @@ BASE := $(VENV)/.regard-base
 DEV := $(VENV)/.regard-dev
 DOCS := $(VENV)/.regard-docs
 SOURCES := pyproject.toml setup.py constraints.txt \
-	$(wildcard src/regard/*/*.[ch] src/regard/*/*/*.[ch]) src/regard/native/table.py
+	$(wildcard $(addsuffix *.[ch],$(addprefix src/regard/,*/ */*/ */*/*/))) src/regard/native/table.py
 
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
@@ -65,7 +65,7 @@ guards: $(DEV)
 	$(PYTEST) tests/guards $(PYTEST_OPTIONS)
 
 bench: $(DEV)
-	@for script in $(wildcard benchmarks/*.py); do \
+	@for script in $(filter-out %gpu.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(ONE_THREAD) $(BIN)/python $$script; \
 	done
 

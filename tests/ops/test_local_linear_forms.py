@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import regard
+from ops.samples import Largest, megabytes_over_inputs, tensors
 from regard.core.budgets import relative_error
 from regard.core.cache import KVCache
 from regard.ops.local_linear import LocalLinearAux, gemm, local_linear_attention, tiles
 from regard.ops.local_linear.solve import Solver
 
 INF = float("inf")
-
-
-def tensors(
-    seed: int = 0,
-    *,
-    B: int = 2,
-    H: int = 4,
-    Hk: int = 2,
-    T: int = 9,
-    S: int = 9,
-    D: int = 5,
-    Dv: int = 3,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((B, H, T, D), (B, Hk, S, D), (B, Hk, S, Dv))
-    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 # -- the future, and masked keys -------------------------------------------------------------
@@ -121,41 +99,28 @@ def test_rows_without_keys_are_zero():
 
 # -- memory ----------------------------------------------------------------------------------
 
-MEASURE = """
-import resource, torch
-torch.set_num_threads(1)
-from regard.ops.local_linear import local_linear_attention
-x = [torch.randn(1, 1, {n}, 64, requires_grad={backward}) for _ in range(3)]
-small = [t[:, :, :64] for t in x]
-local_linear_attention(*small, causal=True).sum().backward() if {backward} else \
-    local_linear_attention(*small, causal=True)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = local_linear_attention(*x, causal=True, tol=0, max_iters=2)
-if {backward}:
-    out.sum().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
+OP = "regard.ops.local_linear:local_linear_attention"
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_peak_memory(backward: bool):
     """Below 200 MB over the inputs at 8192 tokens, where T x S alone would take 256 MB."""
-    code = MEASURE.format(n=8192, backward=backward)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 200
+    options = "causal=True, tol=0, max_iters=2"
+    assert megabytes_over_inputs(OP, 8192, backward=backward, options=options) < 200
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most elements that any tensor has had."""
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
+def test_peak_memory_of_16384_tokens(backward: bool):
+    """The same at twice the length, where T x S would take 1 GB."""
+    options = "causal=True, solver='cg'"
+    assert megabytes_over_inputs(OP, 16384, backward=backward, options=options, again=True) < 200
 
-    elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
+@pytest.mark.slow
+def test_peak_memory_of_the_direct_solver():
+    options = "causal=True, solver='direct'"
+    assert megabytes_over_inputs(OP, 8192, backward=True, options=options) < 200
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -326,7 +291,7 @@ def test_explain_runs_nothing():
         ({"block_size": 2.5}, "block_size must be an int of at least 1, got 2.5"),
         ({"causal": 1}, "causal must be True or False, got 1"),
         ({"log_decay": torch.zeros(2, 3, 9)}, "log_decay must be of shape"),
-        ({"state": 3}, "state must be None or the KVCache"),
+        ({"state": 3}, "state must be None or a KVCache"),
         ({"impl": "native"}, "impl='native' cannot serve this call"),
         ({"impl": "reference", "return_state": True}, "reference: it keeps no state"),
         ({"impl": "reference", "solver": "cg"}, "reference: it has no blocks .* with solver"),
@@ -393,7 +358,9 @@ def test_onednn_products_equal_torchs(D: int, solver: str, monkeypatch: pytest.M
     for least in (1 << 10, 1 << 60):
         monkeypatch.setattr(gemm, "LEAST", least)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = local_linear_attention(*leaves, causal=True, solver=solver, tol=1e-6)
+        out = local_linear_attention(
+            *leaves, causal=True, solver=solver, tol=1e-6, impl="eager"
+        )
         results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for one, other in zip(*results, strict=True):
         assert relative_error(one, other) < 2e-5

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ops.samples import tensors
 from regard.core.budgets import relative_error
 from regard.ops.local_linear import (
     flash_lla,
@@ -23,24 +24,6 @@ from regard.ops.local_linear.reference import local_linear_attention_reference
 from regard.ops.softmax import softmax_attention
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "local_linear_attention"
-
-
-def tensors(
-    seed: int = 0,
-    *,
-    B: int = 2,
-    H: int = 4,
-    Hk: int = 2,
-    T: int = 9,
-    S: int = 9,
-    D: int = 5,
-    Dv: int = 3,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((B, H, T, D), (B, Hk, S, D), (B, Hk, S, Dv))
-    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -284,6 +267,28 @@ def test_slope_of_variants():
     out = local_linear_attention(q, k, v, kernel="gaussian", **options)
     predicted = vbar + (slope.double() @ (q - kbar)[..., None])[..., 0]
     assert relative_error(predicted, out) < 1e-5
+
+
+def test_a_singular_row_has_slope_0_and_leaves_the_others_alone():
+    """Equal keys, and an absolute ridge that vanishes beside exp(score): no slope to be found."""
+    q, k, v = tensors(T=12, S=12)
+    options = {"causal": True, "ridge": 0.2, "ridge_mode": "absolute"}
+    window = {"window": (1, 0)}  # two keys span no more than a line
+    wanted = local_linear_slope(q, k, v, **options, **window)
+    q[:, :, 7] *= 1e3
+    slope = local_linear_slope(q, k, v, **options, **window)
+    out, aux = local_linear_attention(q, k, v, **options, **window, return_aux=True)
+    weights = local_linear_weights(q, k, **options, **window)
+    lost = aux.residual == 1
+    assert lost[:, :, 7].any()
+    assert not lost[:, :, :7].any()
+    assert not lost[:, :, 8:].any()
+    assert (slope[lost] == 0).all()
+    assert torch.equal(slope[:, :, :7], wanted[:, :, :7])
+    assert torch.equal(slope[:, :, 8:], wanted[:, :, 8:])
+    average = softmax_attention(q, k, v, causal=True, **window)
+    assert relative_error(out[lost], average[lost]) < 1e-12
+    assert relative_error(weights @ v.repeat_interleave(2, 1), out) < 1e-12
 
 
 @pytest.mark.parametrize("size", [1e8, 1e20, 1e30])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ops.samples import megabytes_over_inputs
 from regard.core.budgets import relative_error
 from regard.core.cache import KVCache
 from regard.ops.local_linear import local_linear_attention
@@ -66,11 +67,11 @@ def test_no_probe_is_softmax_attention(causal: bool):
 
 @pytest.mark.parametrize("mode", ["relative", "absolute"])
 def test_the_solved_probe_is_local_linear_attention(mode: str):
-    q, _, k, v = tensors(T=60, S=60, D=16, dtype=torch.float32)
+    q, _, k, v = tensors(T=60, S=60, D=16)
     options = {"causal": True, "ridge": 0.3, "ridge_mode": mode, "solver": "direct"}
     expected, aux = local_linear_attention(q, k, v, **options, return_aux=True)
     out = parallax_attention(q, aux.slope, k, v, causal=True)
-    assert relative_error(out, expected) < 1e-5
+    assert relative_error(out, expected) < 1e-12
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -135,6 +136,15 @@ def test_common_offset_costs_nothing():
     assert relative_error(parallax_attention(q, r, k, v, causal=True), exact) < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
+def test_peak_memory(backward: bool):
+    """At 8192 tokens T x S would take 256 MB."""
+    op = "regard.ops.parallax:parallax_attention"
+    options = {"tensors": 4, "backward": backward, "options": "causal=True", "again": True}
+    assert megabytes_over_inputs(op, 8192, **options) < 100
+
+
 @pytest.mark.parametrize("window", [None, (3, 0)])
 def test_decoding_with_padding(window: tuple[int, int] | None):
     q, r, k, v = tensors(H=4, Hk=1, T=12, S=12, dtype=torch.float32)
@@ -152,6 +162,21 @@ def test_decoding_with_padding(window: tuple[int, int] | None):
         outs.append(out)
     assert isinstance(state, KVCache)
     assert relative_error(torch.cat(outs, 2), whole) < 1e-5
+
+
+def test_a_cache_of_keys_may_come_from_another_mechanism():
+    q, r, k, v = tensors(T=12, S=12)
+    early, late = (slice(None, 9), slice(9, None))
+    _, state = softmax_attention(
+        *(x[:, :, early] for x in (q, k, v)), causal=True, return_state=True
+    )
+    new = [x[:, :, late] for x in (q, k, v)]
+    out = local_linear_attention(*new, causal=True, state=state.fork())
+    whole = local_linear_attention(q, k, v, causal=True)
+    assert relative_error(out, whole[:, :, late]) < 1e-11
+    out = parallax_attention(new[0], r[:, :, late], *new[1:], causal=True, state=state)
+    whole = parallax_attention(q, r, k, v, causal=True)
+    assert relative_error(out, whole[:, :, late]) < 1e-11
 
 
 def test_vmap_equals_a_loop():
@@ -177,6 +202,7 @@ def test_vmap_equals_a_loop():
         ({"causal": 1}, "causal must be True or False"),
         ({"block_size": 0}, "block_size must be an int of at least 1"),
         ({"impl": "reference", "return_state": True}, "it keeps no state"),
+        ({"impl": "reference", "block_size": 4}, "it has no blocks, nothing to do with block_size"),
     ],
 )
 def test_refusals(change: dict, message: str):

@@ -8,8 +8,10 @@ loads nothing. Without the library every op runs in eager torch; `status()` says
 from regard.native.loader import (
     NativeUnavailable,
     Status,
+    chosen,
     function,
     instruction_sets,
+    limited_to,
     refusal,
     status,
 )
@@ -18,9 +20,11 @@ from regard.native.peak import fma_peak
 __all__ = [
     "NativeUnavailable",
     "Status",
+    "chosen",
     "fma_peak",
     "function",
     "instruction_sets",
+    "limited_to",
     "refusal",
     "status",
 ]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +51,15 @@ class _Loaded:
     usable: tuple[str, ...]
 
 
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes torch.compile call a function while tracing and keep its answer.
+
+    As torch.compiler.assume_constant_result does, which imports all of the compiler.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
 def path() -> Path:
     """Where the library is, or would be."""
     suffix = ".dll" if os.name == "nt" else ".so"
@@ -87,6 +99,7 @@ def status() -> Status:
     return Status(True, path(), loaded.usable, loaded.built)
 
 
+@_constant
 def refusal() -> str | None:
     """Why no native form can run, in the words of `core.dispatch`; None where one can."""
     loaded = _load(path())
@@ -113,6 +126,40 @@ def function(op: str, name: str, isa: str | None = None) -> Any:
     if isinstance(loaded, _Missing):
         raise NativeUnavailable(f"{op}: no native library: {loaded.reason}; {loaded.remedy}")
     if isa is None:
-        isa = loaded.usable[0]
+        isa = _chosen.get() or loaded.usable[0]
     check_choice(op, "isa", isa, loaded.usable)
     return getattr(loaded.library, f"regard_{name}_{isa}")
+
+
+_chosen: ContextVar[str | None] = ContextVar("regard_instruction_set", default=None)
+
+
+@contextmanager
+def limited_to(isa: str) -> Iterator[None]:
+    """Inside, native forms use this instruction set instead of the best.
+
+    Raises `NativeUnavailable` without the native library, `ValueError` for a set that machine or
+    build lack.
+
+    >>> for isa in instruction_sets():
+    ...     with limited_to(isa):
+    ...         assert chosen() == isa
+    """
+    loaded = _load(path())
+    if isinstance(loaded, _Missing):
+        raise NativeUnavailable(f"limited_to: no native library: {loaded.reason}; {loaded.remedy}")
+    check_choice("limited_to", "isa", isa, loaded.usable)
+    token = _chosen.set(isa)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@_constant
+def chosen() -> str | None:
+    """The instruction set that native forms use here: the best, or that of `limited_to`."""
+    loaded = _load(path())
+    if isinstance(loaded, _Missing):
+        return None
+    return _chosen.get() or loaded.usable[0]

@@ -61,7 +61,7 @@ _SYNONYMS = {"amd64": "x86_64", "arm64": "aarch64"}
 # No -ffast-math (it makes the process flush denormals), no OpenMP (a second run-time library).
 FLAGS = (
     "-std=gnu11", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden",
-    "-pthread",
+    "-pthread", "-g0",
 )  # fmt: skip
 
 PACKAGE = Path(__file__).resolve().parents[1]

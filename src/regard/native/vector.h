@@ -32,6 +32,9 @@ typedef float unaligned_vector __attribute__((vector_size(REGARD_BYTES), aligned
 #define REGARD_EXPORT(type, name) \
     __attribute__((visibility("default"))) type REGARD_JOIN(name, REGARD_ISA)
 
+/* A function of a header, which not every body that includes it calls. */
+#define REGARD_SHARED static __attribute__((unused))
+
 /* Before a loop over a block of registers, which must vanish for the block to live in them. */
 #if defined(__clang__)
 #define REGARD_UNROLL _Pragma("clang loop unroll(full)")
@@ -50,18 +53,40 @@ static inline vector v_select(vector_mask mask, vector a, vector b) {
     return (vector)((mask & (vector_mask)a) | (~mask & (vector_mask)b));
 }
 
+/* mask ? a : 0, exactly, whatever a is. */
+static inline vector v_keep(vector_mask mask, vector a) { return (vector)(mask & (vector_mask)a); }
+
 /* The larger of both, lane by lane; b where either is NaN. */
 #if defined(REGARD_ISA_AVX512)
 #include <immintrin.h>
-static inline vector v_max(vector a, vector b) { return (vector)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vector v_max(vector a, vector b) {
+    return (vector)_mm512_max_ps((__m512)a, (__m512)b);
+}
 #elif defined(REGARD_ISA_AVX2)
 #include <immintrin.h>
-static inline vector v_max(vector a, vector b) { return (vector)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vector v_max(vector a, vector b) {
+    return (vector)_mm256_max_ps((__m256)a, (__m256)b);
+}
 #elif defined(__SSE__)
 #include <xmmintrin.h>
 static inline vector v_max(vector a, vector b) { return (vector)_mm_max_ps((__m128)a, (__m128)b); }
 #else
 static inline vector v_max(vector a, vector b) { return v_select(a > b, a, b); }
 #endif
+
+/* Whether any lane of a mask is set. */
+static inline int v_any(vector_mask mask) {
+#if defined(REGARD_ISA_AVX512)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(REGARD_ISA_AVX2)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE__)
+    return _mm_movemask_ps((__m128)mask) != 0;
+#else
+    int32_t any = 0;
+    for (int i = 0; i < REGARD_WIDTH; i++) any |= mask[i];
+    return any != 0;
+#endif
+}
 
 #endif

@@ -123,7 +123,9 @@ def local_linear_slope(
 
     It is the derivative of the output along the query with the weights held fixed: what a value
     gains per unit of key, near this query. A query that sees no key, or one key only, has slope
-    0. Without an intercept second moments take the place of covariances and out_i = W_i q_i.
+    0; so has one whose own system is singular even to float64, where the attention returns the
+    local average. Without an intercept second moments take the place of covariances and
+    out_i = W_i q_i.
 
     Arguments:
         q, k, v: queries [B, H, T, D], keys [B, Hk, S, D], values [B, Hk, S, Dv].
@@ -166,8 +168,8 @@ def local_linear_slope(
         B, H, T, D = q.shape
         kind = compute_dtype(q.dtype)
         slope = torch.zeros(B, H, T, v.shape[3] * D, dtype=kind, device=q.device)
-        one_step = Solver(False, 0.0, 1)  # only the weights of its fits are used
-        for heads, block, found, _ in fits(inputs, one_step, 0):
+        solver = Solver(True, 0.0, 1)
+        for heads, block, found, _ in fits(inputs, solver, 0):
             heads.put(slope, block, _slope(heads, block, found).flatten(2))
     return slope.unflatten(3, (v.shape[3], D))
 
@@ -192,7 +194,10 @@ def _slope(heads: Heads, block: Block, found: Fit) -> Tensor:
     matrix = covariance.view(n, M, D, D) - found.mean[..., :, None] * found.mean[..., None, :]
     matrix.diagonal(dim1=-2, dim2=-1).add_(found.ridge)
     mixed = mixed.view(n, M, Dv, D) - value[..., :, None] * found.mean[..., None, :]
-    return torch.linalg.solve(matrix, mixed.mT).mT
+    slope = torch.linalg.solve_ex(matrix, mixed.mT)[0].mT
+    # The attention's own verdict on each row: a residual of 1 is a fit that was given up.
+    sound = (found.residual < 1)[..., None] & slope.isfinite().all((-2, -1), keepdim=True)
+    return torch.where(sound, slope, 0.0)
 
 
 def _call(

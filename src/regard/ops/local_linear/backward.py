@@ -81,9 +81,9 @@ def backward(
     block_size: int,
 ) -> tuple[Tensor, ...]:
     """Gradients in the order of `Wanted`; an empty tensor where none was wanted."""
-    sums = _zeros(inputs, wanted)
+    sums = no_sums(inputs, wanted)
     if inputs.q.numel() == 0 or inputs.k.shape[2] == 0:
-        return _finish(inputs, sums, wanted)
+        return finish(inputs, sums, wanted)
     saved = (grad, slope, lse)
     failed = torch.zeros(lse.shape, dtype=torch.bool, device=lse.device)
     space = Workspace(inputs.q, inputs.dtype)
@@ -95,7 +95,7 @@ def backward(
         more = _again(inputs, saved, wanted, solver, block_size, failed)
         for total, extra in zip(sums, more, strict=True):
             total += extra.to(total.dtype)
-    return _finish(inputs, sums, wanted)
+    return finish(inputs, sums, wanted)
 
 
 def rescue(
@@ -110,7 +110,7 @@ def rescue(
 
     For forms of any kind, which leave those rows out; `saved` are grad, slope and lse.
     """
-    return _finish(inputs, _again(inputs, saved, wanted, solver, block_size, failed), wanted)
+    return finish(inputs, _again(inputs, saved, wanted, solver, block_size, failed), wanted)
 
 
 def _again(
@@ -123,7 +123,7 @@ def _again(
 ) -> Sums:
     """The contributions of some rows [B, H, T], in float64."""
     wide, solver = replace(inputs, wide=True), replace(solver, direct=True)
-    more = _zeros(wide, wanted)
+    more = no_sums(wide, wanted)
     for heads, block in walk(wide, block_size, Workspace(inputs.q, torch.float64)):
         only = heads.flags(failed, block)
         if bool(only.any()):
@@ -131,7 +131,7 @@ def _again(
     return more
 
 
-def _zeros(inputs: Inputs, wanted: Wanted) -> Sums:
+def no_sums(inputs: Inputs, wanted: Wanted) -> Sums:
     q, k, v, dtype = inputs.q, inputs.k, inputs.v, inputs.dtype
     rows, columns = q.shape[:3], (*q.shape[:2], k.shape[2])
 
@@ -289,7 +289,7 @@ def _per_query_head(heads: Heads, total: Tensor) -> Tensor:
     return total[b0:b1, h0 * heads.group : h1 * heads.group]
 
 
-def _finish(inputs: Inputs, sums: Sums, wanted: Wanted) -> tuple[Tensor, ...]:
+def finish(inputs: Inputs, sums: Sums, wanted: Wanted) -> tuple[Tensor, ...]:
     """Sums folded to the shapes and dtypes of the inputs."""
     q, decay = inputs.q, inputs.decay
     nothing = q.new_empty(0)

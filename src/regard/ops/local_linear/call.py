@@ -93,11 +93,11 @@ def operands(call: Call) -> tuple[Any, ...]:
         decay = decay_sums(call.log_decay, call.key_mask)
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
     if isinstance(scale, Tensor):
-        scale = scale.to(dtype)[None]
+        scale = scale.to(dtype).reshape(1, -1)
     else:
         scale = torch.full((1, 1), float(scale), dtype=dtype, device=q.device)
     sums, first = decay if decay is not None else (None, None)
-    ridge = _ridge(call, dtype)
+    ridge = ridge_rows(call, dtype)
     return (
         q, call.k, call.v, ridge, scale, call.key_mask, call.key_bias, sums, first,
         call.row_bias, call.probe,
@@ -135,7 +135,7 @@ def run(op: Callable[..., tuple[Tensor, ...]], call: Call, direct: bool | None =
     return out.to(call.q.dtype), lse, slope, iterations, residual
 
 
-def _ridge(call: Call, dtype: torch.dtype) -> Tensor:
+def ridge_rows(call: Call, dtype: torch.dtype) -> Tensor:
     """The ridge as [B | 1, H | 1, T | 1]."""
     ridge, heads = call.ridge, call.q.shape[1]
     if not isinstance(ridge, Tensor):

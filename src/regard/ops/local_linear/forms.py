@@ -14,6 +14,7 @@ from regard.core.cache import KVCache
 from regard.core.checks import Sizes, words
 from regard.core.dispatch import Form, choose
 from regard.core.packed import check_packed, spans
+from regard.ops.local_linear import native, triton
 from regard.ops.local_linear.call import (
     GRADIENTS,
     KERNELS,
@@ -63,6 +64,8 @@ def _reference_refuses(call: Call) -> str | None:
 
 
 FORMS = (
+    *triton.FORMS,
+    Form("native", "native", native.refuse, native.serve),
     Form("eager", "blockwise", lambda call: None, run_eager),
     Form("reference", "reference", _reference_refuses, _reference, auto=False),
 )

@@ -41,7 +41,7 @@ def as_dot(call: Call) -> Call:
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
     squares = _squares(k)
     if isinstance(scale, Tensor):
-        scale = scale.to(dtype)[:, None]
+        scale = scale.to(dtype).reshape(-1, 1)
         squares = squares.repeat_interleave(group, 1)
     bias = -0.5 * scale * squares
     if call.key_bias is not None:

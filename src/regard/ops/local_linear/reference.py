@@ -15,6 +15,8 @@ gets g = 0, the local average.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -83,8 +85,9 @@ def equations(
     scores = bandwidth * torch.where(seen, q @ k.mT, 0.0)
     if kernel == "gaussian":  # -scale |q - k|^2 / 2
         squares = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :]
-        squares = torch.where(seen, squares, 0.0).clamp(max=torch.finfo(dtype).max)
-        scores = scores - bandwidth * squares / 2
+        most = torch.finfo(dtype).max
+        squares = torch.where(seen, squares, 0.0).clamp(max=most)
+        scores = (scores - bandwidth * squares / 2).clamp(min=-most / 2)
     if key_bias is not None:
         scores = scores + _per_head(key_bias, heads)[:, :, None, :].to(dtype)
     if decay is not None:
@@ -96,7 +99,8 @@ def equations(
 
     strength = _ridge(ridge, heads, q)
     if ridge_mode == "absolute":  # lambda added to the Gram of the weights exp(score)
-        strength = strength * torch.exp(-torch.where(some, lse, 0.0))
+        most = math.log(torch.finfo(dtype).max) - 1  # g is 0 well before exp(-lse) overflows
+        strength = strength * torch.exp(-torch.where(some, lse, 0.0).clamp(min=-most))
     if not intercept:
         moments = _moments(weights, seen, k, torch.zeros_like(q))
         g = -_solve(moments, strength, torch.where(some, q, 0.0))
@@ -155,7 +159,7 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _column(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return x.to(dtype)[:, None, None] if isinstance(x, Tensor) else x
+    return x.to(dtype).reshape(-1, 1, 1) if isinstance(x, Tensor) else x
 
 
 def _ridge(ridge: float | Tensor, heads: int, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _DIRECT_UP_TO = {
 }
 _HALF = ((8, 3.0), (16, 1.0), (32, 0.03))
 # An absolute ridge is divided by the sum of exp(score), which may be any number: as if by this.
-_EVIDENCE = 1000.0
+EVIDENCE = 1000.0
 # A first solution whose relative residual exceeds this is not worth refining.
 _ROUGH = 1e-2
 # Weights p (1 - g . (k - kbar)) may carry this much rounding, as |g| times that of the keys.
@@ -44,7 +44,7 @@ def prefers_direct(
     """
     rows, S, D = sizes
     if absolute:
-        ridge = ridge / _EVIDENCE
+        ridge = ridge / EVIDENCE
     table = _DIRECT_UP_TO.get(dtype, _HALF)
     small = any(size >= D and ridge <= largest for size, largest in table)
     if rows <= FEW_ROWS:

@@ -23,7 +23,7 @@ def parallax_attention(
     v: Float[Tensor, "b hk s dv"],
     *,
     causal: bool = False,
-    scale: float | Float[Tensor, " h"] | None = None,
+    scale: float | Float[Tensor, ""] | Float[Tensor, " h"] | None = None,
     key_mask: Bool[Tensor, "b s"] | None = None,
     key_bias: Float[Tensor, "b heads s"] | None = None,
     log_decay: Float[Tensor, "b heads s"] | None = None,
@@ -53,7 +53,7 @@ def parallax_attention(
         causal: query i sees keys j <= i + S - T: aligned at the end, so that the last query
             sees all keys (torch's attention aligns at the start). With more queries than keys
             the first rows see nothing.
-        scale: None is D ** -0.5; a number or one per head [H], differentiable.
+        scale: None is D ** -0.5; a number or a tensor [], or one per head [H], differentiable.
         key_mask: True = real key. Masked keys count for nothing, whatever they contain.
         key_bias: added to the scores of a key.
         log_decay: <= 0; key j is seen by query i with the extra score
@@ -63,9 +63,10 @@ def parallax_attention(
             authors' window of W keys is (W - 1, 0).
         cu_seqlens, cu_seqlens_k: boundaries of packed sequences, int32 with B = 1.
         block_size: queries per tile; changes results by rounding only.
-        state, return_state: continue from, and return, a `KVCache`; operands of the call
-            describe its new keys only. r is not kept.
-        impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice).
+        state, return_state: continue from (whichever op it comes from), and return, a
+            `KVCache`; operands of the call describe its new keys only. r is not kept.
+        impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice;
+            refuses block_size, which it does not have).
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state

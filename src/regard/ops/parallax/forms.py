@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from regard.core.dispatch import Form
+from regard.ops.local_linear import native, triton
 from regard.ops.local_linear.forms import Answer, Call, run_eager
 from regard.ops.parallax.reference import parallax_attention_reference
 
@@ -22,10 +23,14 @@ def _reference(call: Call) -> Answer:
 
 
 def _reference_refuses(call: Call) -> str | None:
+    if call.block_size:
+        return "it has no blocks, nothing to do with block_size"
     return "it keeps no state" if call.stateful else None
 
 
 FORMS = (
+    *triton.FORMS,
+    Form("native", "native", native.refuse, native.serve),
     Form("eager", "blockwise", lambda call: None, run_eager),
     Form("reference", "reference", _reference_refuses, _reference, auto=False),
 )

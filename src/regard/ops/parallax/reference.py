@@ -3,6 +3,9 @@
 For each query i, over the keys it sees, with p = softmax of the scores:
 
     kbar = sum_j p_j k_j        o = sum_j p_j (1 - r_i . (k_j - kbar)) v_j
+
+What a query does not see is replaced by 0 before it is multiplied by anything, so that no key
+reaches a query before it, however large it is.
 """
 
 from __future__ import annotations
@@ -38,12 +41,11 @@ def parallax_attention_reference(
     k, v = (_per_head(x, heads).to(dtype) for x in (k, v))
     q, r = q.to(dtype), r.to(dtype)
 
-    bandwidth = scale.to(dtype)[:, None, None] if isinstance(scale, Tensor) else scale
-    scores = (q @ k.mT) * (D**-0.5 if bandwidth is None else bandwidth)
+    bandwidth = scale.to(dtype).reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
     position = torch.arange(T, device=q.device)[:, None] + (S - T)
     distance = position - torch.arange(S, device=q.device)
     left, right = window if window is not None else (-1, -1)
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    seen, decay = torch.ones(T, S, dtype=torch.bool, device=q.device), None
     if causal:
         seen &= distance >= 0
     if left >= 0:
@@ -52,19 +54,23 @@ def parallax_attention_reference(
         seen &= distance >= -right
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
-    if key_bias is not None:
-        scores = scores + _per_head(key_bias, heads)[:, :, None, :].to(dtype)
     if log_decay is not None and S:
         decay, remembered = _decay(log_decay, key_mask, T, S, causal)
-        scores = scores + _per_head(decay, heads).to(dtype)
         seen = seen & _per_head(remembered, heads)
+
+    products = torch.where(seen, q @ k.mT, 0.0)
+    scores = products * (D**-0.5 if bandwidth is None else bandwidth)
+    if key_bias is not None:
+        scores = scores + _per_head(key_bias, heads)[:, :, None, :].to(dtype)
+    if decay is not None:
+        scores = scores + _per_head(decay, heads).to(dtype)
     some = seen.any(-1, keepdim=True)  # a row without keys gives 0
     scores = torch.where(seen, scores, torch.where(some, -torch.inf, 0.0))
-    p = torch.where(some, torch.softmax(scores, -1), 0.0)
+    p = torch.where(some, torch.softmax(scores, -1), 0.0)  # 0 at the keys that are not seen
 
     kbar = p @ k
     a = r @ k.mT - (r * kbar).sum(-1, keepdim=True)
-    return ((p * (1 - a)) @ v).to(kind)
+    return ((p * torch.where(seen, 1 - a, 0.0)) @ v).to(kind)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 - `call.py`: what was asked (`Call`, checked here) and what is to be computed (`Problem`)
 - `reference.py`: the equations
+- `native.py`: plain C on CPUs, the tiles of local linear attention
 - `sdpa.py`: torch's fused kernels, where they are exact and safe; `fused.py`: their operator
 - `blockwise.py`: our own blocks of queries, with every option and any number of derivatives
 - `forms.py`: which of them serves a call
@@ -30,7 +31,7 @@ def softmax_attention(
     v: Float[Tensor, "b hk s dv"],
     *,
     causal: bool = False,
-    scale: float | Float[Tensor, " h"] | None = None,
+    scale: float | Float[Tensor, ""] | Float[Tensor, " h"] | None = None,
     key_mask: Bool[Tensor, "b s"] | None = None,
     key_bias: Float[Tensor, " b #h s"] | None = None,
     bias: Float[Tensor, " #b #h #t #s"] | None = None,
@@ -62,7 +63,7 @@ def softmax_attention(
         k, v: keys [B, Hk, S, D] and values [B, Hk, S, Dv]; H is a multiple of Hk, and query
             head h uses key head h // (H / Hk).
         causal: query i sees keys j <= p_i only. torch's own attention aligns T != S at the start.
-        scale: None for D ** -0.5, a number, or a tensor [H].
+        scale: None is D ** -0.5; a number or a tensor [], or one per head [H], differentiable.
         key_mask: bool [B, S], True = real key. A masked key is seen by nobody and decays
             nothing; whatever it contains (NaN too) reaches no value and no gradient.
         key_bias: added to every score of a key, [B, 1 | Hk | H, S].
@@ -79,15 +80,17 @@ def softmax_attention(
             row (B = 1), of the queries and, where they differ, of the keys. Each sequence is
             computed on its own. Reads the offsets on the host, so it does not compile whole.
         block_size: queries per block of the eager form. Changes nothing but rounding.
-        state: the `KVCache` of the tokens so far. k, v, `key_mask`, `key_bias` and `log_decay`
-            of this call are those of the new tokens, which are appended to it.
+        state: the `KVCache` of the tokens so far, whichever op it comes from. k, v, `key_mask`,
+            `key_bias` and `log_decay` of this call are those of the new tokens, which are
+            appended to it.
         return_state: also return the cache that contains this call's keys.
         return_aux: also return `SoftmaxAux(lse)`, lse_i = log sum_j exp(s_ij) over the keys
             (sinks not counted), [B, H, T], float32 (float64 for float64), -inf without a key.
-        impl: "native" is torch's fused kernel (no decay, softcap, sinks, biases or aux; one
-            derivative), "eager" is our blocks (everything, any number of derivatives),
-            "reference" the plain equations with a T x S matrix, "auto" the first of the first
-            two that can serve.
+        impl: "native" is compiled code, with one derivative: on CPUs tiles in plain C where they
+            are faster than torch's fused kernel or it cannot serve (key biases, decays), else
+            that kernel; neither has softcap, sinks, a dense bias or aux. "eager" is our blocks
+            (everything, any number of derivatives), "reference" the plain equations with a
+            T x S matrix, "auto" the first of the first two that can serve.
 
     Returns:
         out [B, H, T, Dv] in q's dtype; or (out, state), (out, aux), (out, state, aux).

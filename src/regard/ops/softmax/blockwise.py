@@ -27,7 +27,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(problem.q.dtype)
     q, k, v = (tensor.to(dtype) for tensor in (problem.q, problem.k, problem.v))
     scale = problem.scale
-    q = q * (scale.to(dtype)[:, None, None] if isinstance(scale, Tensor) else scale)
+    q = q * (scale.to(dtype).reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale)
     T = q.shape[2]
     rows = problem.block_size or _rows_per_block(q, k.shape[2])
     outputs, sums = [], []

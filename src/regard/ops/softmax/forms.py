@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regard.core.decay import DecaySums
 from regard.core.dispatch import Form
-from regard.ops.softmax import blockwise, sdpa
+from regard.ops.softmax import blockwise, native, sdpa, triton
 from regard.ops.softmax.call import Call, Problem
 from regard.ops.softmax.reference import softmax_reference
 
@@ -18,6 +18,13 @@ def _serves_everything(call: Call) -> str | None:
 
 def _refuse_reference(call: Call) -> str | None:
     return None if call.block_size is None else "the reference has no blocks to size"
+
+
+def _refuse_tiles(call: Call) -> str | None:
+    reason = native.refuse(call)
+    if reason is None and not native.faster(call) and sdpa.refuse(call) is None:
+        return "torch's kernel is faster here"
+    return reason
 
 
 def _run_reference(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -46,7 +53,16 @@ def _steps(decay: DecaySums) -> Tensor:
     return torch.where(forgets, -torch.inf, torch.nn.functional.pad(sums.diff(dim=2), (1, 0)))
 
 
+def _refuse_triton(call: Call) -> str | None:
+    if sdpa.refuse(call) is None:
+        return "torch's kernel serves this call"
+    return triton.refuse_unverified(call)
+
+
 FORMS = (
+    Form("triton", "triton", _refuse_triton, triton.attend),
+    Form("triton", "triton unverified", triton.refuse, triton.attend, auto=False),
+    Form("native", "tiles", _refuse_tiles, native.attend),
     Form("native", "torch_sdpa", sdpa.refuse, sdpa.attend),
     Form("eager", "blockwise", _serves_everything, blockwise.attend),
     Form("reference", "reference", _refuse_reference, _run_reference, auto=False),

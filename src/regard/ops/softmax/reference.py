@@ -36,7 +36,7 @@ def softmax_reference(
     q, k, v = q.to(dtype), _per_head(k, H).to(dtype), _per_head(v, H).to(dtype)
 
     if isinstance(scale, Tensor):
-        scale = scale.to(dtype)[:, None, None]
+        scale = scale.to(dtype).reshape(-1, 1, 1)
     scores = torch.einsum("bhtd,bhsd->bhts", q, k) * (D**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -54,7 +54,7 @@ def attend(problem: Problem) -> tuple[Tensor, None]:
     """Output [B, H, T, Dv]; the kernel keeps its log-sum-exp to itself."""
     q, k, v, scale, sees = problem.q, problem.k, problem.v, problem.scale, problem.sees
     if isinstance(scale, Tensor):
-        q, scale = q * scale.to(q.dtype)[:, None, None], 1.0
+        q, scale = q * scale.to(q.dtype).reshape(-1, 1, 1), 1.0
     width = v.shape[3]
     q, k, v = _fit(q, k, v)
     T, S = sees.queries, sees.keys

@@ -1,0 +1,99 @@
+"""Which configuration each kernel runs with: data, measured on an H100, by width and type."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """Rows and keys of a tile, and how the compiler is to cut it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None  # at most, per thread
+    descriptor: bool = False  # whether tiles come by descriptors (TMA) instead of pointers
+
+
+# By kernel, then by the wider of the two channel counts.
+_HALF = {
+    "mean": {
+        16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
+        64: Config(64, 128, 4, 3, 168, True), 128: Config(64, 64, 4, 3, 168, True),
+    },
+    "average": {
+        16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
+        64: Config(64, 128, 4, 2, 168, True), 128: Config(64, 64, 4, 3, 168, True),
+    },
+    "start": {
+        16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
+        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
+    },
+    "conjugate": {
+        16: Config(64, 64, 4, 3), 32: Config(64, 64, 4, 3),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 3),
+    },
+    "output": {
+        16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
+        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
+    },
+    "given": {
+        16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 3, None, True),
+    },
+    # The backward.
+    "cotangent": {
+        16: Config(64, 64, 4, 3, 168), 32: Config(64, 64, 4, 3, 168),
+        64: Config(64, 64, 4, 3, 168), 128: Config(128, 64, 8, 3),
+    },
+    # With a second sum: a mean key, or a residual.
+    "cotangent_two": {
+        16: Config(64, 64, 4, 3), 32: Config(64, 64, 4, 3),
+        64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3),
+    },
+    "queries": {
+        16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 2),
+    },
+    "keys": {
+        16: Config(32, 64, 4, 3, 168), 32: Config(32, 64, 4, 3, 168),
+        64: Config(32, 64, 4, 3, 168), 128: Config(32, 128, 8, 3),
+    },
+}
+# float32 operands: twice the memory, and three products for each.
+_SINGLE = {
+    16: Config(64, 32, 4, 2), 32: Config(64, 32, 4, 2),
+    64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2),
+}
+_SINGLE_OF = {
+    "cotangent": {
+        16: Config(32, 32, 8, 2), 32: Config(32, 32, 8, 2),
+        64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 1),
+    },
+    "cotangent_two": {
+        16: Config(32, 32, 8, 2), 32: Config(32, 32, 8, 2),
+        64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 1),
+    },
+    "queries": {
+        16: Config(32, 32, 8, 1), 32: Config(32, 32, 8, 1),
+        64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1),
+    },
+    "keys": {
+        16: Config(16, 64, 8, 1), 32: Config(16, 64, 8, 1),
+        64: Config(16, 64, 8, 1), 128: Config(32, 64, 8, 1),
+    },
+}
+_INTERPRETED = Config(32, 32, 4, 1)
+
+
+def config(kernel: str, width: int, half: bool, interpreted: bool = False) -> Config:
+    """The configuration of a kernel for `width` channels."""
+    if interpreted:
+        return _INTERPRETED
+    return _HALF[kernel][width] if half else _SINGLE_OF.get(kernel, _SINGLE)[width]
+
+
+def narrower(config: Config) -> Config:
+    """For scores with a bias or a decay, which need registers of their own."""
+    return config._replace(keys=min(config.keys, 64), registers=None)
