@@ -30,7 +30,7 @@ def cosine_reference(q, k, v, causal=False, scale=None, key_mask=None):
         k, v = (torch.where(key_mask[:, None, :, None], x, 0.0) for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     cosine = unit(q.to(wide)) @ unit(k.to(wide)).mT
-    scale = scale[:, None, None].to(wide) if isinstance(scale, torch.Tensor) else scale
+    scale = scale.reshape(-1, 1, 1).to(wide) if isinstance(scale, torch.Tensor) else scale
     scores = cosine * (10.0 if scale is None else scale)
     weights = scores.masked_fill(~seen, -1e30).softmax(-1) * seen
     return (weights @ v.to(wide)).to(q.dtype)

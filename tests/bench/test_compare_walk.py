@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import regard
 from regard.bench.compare import baselines
 from regard.bench.compare.comparison import Comparison
-from regard.bench.compare.regressor import predict
+from regard.bench.compare.regressor import HALF_LIVES, forgetting, predict
 from regard.bench.compare.tuning import Tried, finer, grid, tune
 from regard.bench.compare.walk import Walk
 from regard.core.budgets import relative_error
+from regard.native import instruction_sets
 from regard.tasks.series import Lagged, Series, Split, load_series
 
 NAN = float("nan")
@@ -169,6 +172,51 @@ def test_tuning_tries_the_grid_and_around_it() -> None:
     assert max(end) == pytest.approx(4 * max(scales))
 
 
+def test_a_half_life_halves_the_weight_of_a_pair_as_often_as_it_has_passed() -> None:
+    data, walk = walks(noisy_wave(gaps=False), 2)
+    card = forgetting(regard.mechanisms["softmax"])
+    out = predict(card, walk, (4.0,), {"half_life": 10.0}, torch.float64)[0]
+    scale = 4.0 * data.lags**-0.5
+    ages = torch.arange(len(walk.pairs.values)).double().flip(0)  # of the pairs, at the last origin
+    for back in (0, 7):
+        keys = walk.pairs.keys[: len(ages) - back]
+        weights = -0.5 * scale * (walk.queries[-1 - back] - keys).square().sum(1)
+        weights = (weights - math.log(2) * ages[back:] / 10).softmax(0)
+        expected = weights @ walk.pairs.values[: len(keys)]
+        torch.testing.assert_close(out[-1 - back], expected, rtol=1e-10, atol=1e-10)
+    plain = predict(regard.mechanisms["softmax"], walk, (4.0,), {}, torch.float64)[0]
+    none = predict(card, walk, (4.0,), {"half_life": None}, torch.float64)[0]
+    assert torch.equal(none, plain)
+
+
+def test_tuning_with_a_half_life() -> None:
+    """The grid is that of the card times the half-lives; None among them stays as it is."""
+    card = regard.mechanisms["mesa"]
+    wider = forgetting(card)
+    assert forgetting(regard.mechanisms["parallax"]) is regard.mechanisms["parallax"]
+    assert len(grid(wider)[1]) == len(grid(card)[1]) * len(HALF_LIVES)
+    _, plain = finer(wider, Tried(0.0, None, {"ridge": 1.0, "half_life": None}))
+    assert {one["half_life"] for one in plain} == {None}
+    _, around = finer(wider, Tried(0.0, None, {"ridge": 1.0, "half_life": 1024.0}))
+    assert sorted({one["half_life"] for one in around}) == [256.0, 512.0, 1024.0, 2048.0,
+                                                            4096.0, 16384.0]
+    noise, values = torch.randn(400, generator=torch.Generator().manual_seed(3)).tolist(), [0.0]
+    for row in range(1, 400):  # what follows a value changes its sign every 60 rows
+        values.append((0.95 if row // 60 % 2 else -0.95) * values[-1] + noise[row])
+    series = torch.tensor(values, dtype=torch.float64)
+    options = {"lags": 1, "horizons": (1,), "mechanisms": ["mesa"], "cost_lengths": ()}
+    options["embedding"] = "absolute"
+    without, with_decay = (
+        Comparison(Series("s", series), decay=decay, **options).run().entry("mesa")
+        for decay in (False, True)
+    )
+    assert without is not None
+    assert with_decay is not None
+    assert with_decay.settings["half_life"] < 16
+    assert with_decay.validation < 0.6 * without.validation
+    assert with_decay.scores[0].rmse < 0.6 * without.scores[0].rmse
+
+
 def test_deviation_from_the_reference_is_reported() -> None:
     series = Series("s", noisy_wave(gaps=False))
     made = Comparison(
@@ -178,7 +226,7 @@ def test_deviation_from_the_reference_is_reported() -> None:
     assert entry is not None
     assert entry.deviation is not None
     assert 0 < entry.deviation < 1e-3
-    assert entry.form == "blockwise"
+    assert entry.form == ("native" if instruction_sets() else "blockwise")
 
 
 def test_float32_forecasts_are_those_of_float64() -> None:

@@ -64,6 +64,34 @@ def test_any_csv(folder: Path) -> None:
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
+def test_months_that_are_missing_are_said(folder: Path) -> None:
+    months = [f"{year}-{month:02d}" for year in range(2000, 2017) for month in range(1, 13)]
+    del months[50:53]
+    wave = [f"{math.sin(i / 3) + 0.1 * math.sin(i * i):.4f}" for i in range(201)]
+    rows = "\n".join(f"{month},{x}" for month, x in zip(months, wave, strict=True))
+    (folder / "months.csv").write_text("month,temp\n" + rows, encoding="utf-8")
+    arguments = (*QUICK, "--mechanisms", "linear", "--json", "out.json", "--out", "out.html")
+    done = run(folder, "months.csv", *arguments)
+    assert done.exit_code == 0, done.output
+    words = "3 months are missing between the rows (the first after 2004-02)"
+    assert words in " ".join(done.stdout.split())
+    assert words in (folder / "out.html").read_text(encoding="utf-8")
+    found = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    assert found["series"]["uneven"] == words
+
+
+def test_decay_is_one_more_parameter(folder: Path) -> None:
+    arguments = (*QUICK, "--mechanisms", "softmax,linear", "--json", "out.json")
+    for decay in (False, True):
+        done = run(folder, "good.csv", *arguments, *(["--decay"] if decay else []))
+        assert done.exit_code == 0, done.output
+        found = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+        assert found["method"]["decay"] is decay
+        settings = [e["settings"] for e in found["forecasters"] if e["kind"] == "mechanism"]
+        assert all(("half_life" in chosen) == decay for chosen in settings)
+        assert ("half_life" in done.stdout) == decay
+
+
 def test_chosen_mechanisms_only(folder: Path) -> None:
     done = run(folder, "good.csv", *QUICK, "--mechanisms", "softmax, linear", "--json", "out.json")
     assert done.exit_code == 0, done.output

@@ -141,9 +141,9 @@ def test_float_operand_names_each_size_it_would_take_once():
 
 
 def test_scale():
-    for scale in (None, 0.5, 2, torch.ones(4)):
+    for scale in (None, 0.5, 2, torch.ones(4), torch.tensor(0.5)):
         checks.check_scale("op", scale, SIZES, LIKE)
-    text = "op: scale must be of shape [4], got float32 Tensor[2] on cpu"
+    text = "op: scale must be of shape [] or [4], got float32 Tensor[2] on cpu"
     refused(ValueError, text, checks.check_scale, torch.ones(2), SIZES, LIKE)
     refused(
         TypeError, "op: scale must be a number, got 'big'", checks.check_scale, "big", SIZES, LIKE
@@ -223,7 +223,7 @@ def test_windows():
 def test_a_state_is_of_the_kind_the_op_returns():
     checks.check_state("op", None, KVCache)
     checks.check_state("op", FixedState("op", 0), FixedState)
-    text = "op: state must be None or the KVCache that op returned, got FixedState"
+    text = "op: state must be None or a KVCache, got FixedState"
     refused(TypeError, text, checks.check_state, FixedState("op", 0), KVCache)
 
 

@@ -466,7 +466,7 @@ def test_explain_names_the_form():
         ({"causal": "yes"}, TypeError, "causal must be True or False"),
         ({"return_state": None}, TypeError, "return_state must be True or False"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
-        ({"scale": torch.ones(3)}, ValueError, r"scale must be of shape \[4\]"),
+        ({"scale": torch.ones(3)}, ValueError, r"scale must be of shape \[\] or \[4\]"),
         ({"log_decay": torch.zeros(2, 4, 6)}, ValueError, "log_decay must be of shape"),
         ({"log_decay": torch.zeros(2, 2, 6).int()}, TypeError, "log_decay must be a floating"),
         ({"key_mask": torch.ones(2, 6)}, TypeError, "key_mask must be a bool tensor"),
@@ -475,7 +475,7 @@ def test_explain_names_the_form():
         ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int"),
         ({"impl": "reference", "chunk_size": 2}, ValueError, "reference: it has no chunks"),
         ({"impl": "native"}, ValueError, "impl='native' cannot serve this call"),
-        ({"state": torch.zeros(2)}, TypeError, "state must be None or the FixedState"),
+        ({"state": torch.zeros(2)}, TypeError, "state must be None or a FixedState"),
         ({"state": FixedState("other", 1, {})}, ValueError, "a state of linear_attention"),
         (
             {"state": FixedState("linear", 1, {"S": torch.zeros(2, 2, 5, 3)})},

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ops.samples import Largest, megabytes_over_inputs
 from regard.core.budgets import budget, relative_error
 from regard.core.state import FixedState
 from regard.explain import explain
@@ -304,19 +303,6 @@ def test_masked_keys_reach_nothing(impl):
         assert torch.equal(x, y)
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_memory_has_neither_a_matrix_per_token_nor_a_square_of_the_length(solver):
     n, D = 4096, 16
@@ -324,6 +310,18 @@ def test_memory_has_neither_a_matrix_per_token_nor_a_square_of_the_length(solver
     with torch.no_grad(), Largest() as largest:
         mesa_attention(q, k, v, causal=True, solver=solver)
     assert largest.elements <= 2 * n * D  # the keys beside the values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_peak_memory_of_a_process(backward: bool, solver: str):
+    """At 8192 tokens of 64 channels a matrix per token would take 128 MB, T x S 256 MB."""
+    op, options = "regard.ops.mesa:mesa_attention", f"causal=True, solver={solver!r}"
+    grown = megabytes_over_inputs(op, 8192, backward=backward, options=options)
+    assert grown < 100
+    if solver == "cg":
+        assert grown < 64
 
 
 def test_what_a_call_keeps_for_its_backward_grows_with_its_length():
@@ -435,7 +433,7 @@ def test_vmap_equals_a_loop(solver, causal):
     [
         ({"ridge": 0.0}, ValueError, "ridge must be a finite number above 0"),
         ({"ridge": "small"}, TypeError, "ridge must be a number above 0"),
-        ({"ridge": torch.ones(3)}, ValueError, r"ridge must be of shape \[4\]"),
+        ({"ridge": torch.ones(3)}, ValueError, r"ridge must be of shape \[\] or \[4\]"),
         ({"ridge": torch.ones(4, 6)}, ValueError, r"ridge must be of shape \[4, 5\]"),
         ({"solver": "cgs"}, ValueError, "solver must be one of 'auto', 'direct', 'cg'"),
         ({"tol": -1.0}, ValueError, "tol must be a finite number of at least 0"),

@@ -160,6 +160,13 @@ def multiplies_masked_biases_by_zero(op, **a):
     return on_output(op(**a), lambda out: out + sum(0.0 * t.sum() for t in given))
 
 
+@breaks("scalar_tensors")
+def takes_no_scale_of_no_axes(op, **a):
+    if isinstance(a.get("scale"), Tensor):
+        a["scale"] = a["scale"][:, None][:, 0]
+    return op(**a)
+
+
 @breaks("tiling")
 def wrong_in_blocks_of_a_chosen_size(op, **a):
     return on_output(op(**a), lambda out: out * (1.01 if a.get("block_size") else 1.0))

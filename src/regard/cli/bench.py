@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regard.cli.options import Json, Report
 from regard.cli.output import echo, print_heading, print_table
-from regard.cli.running import Running
+from regard.cli.running import Running, Save, Step
 
 if TYPE_CHECKING:
+    from regard.bench.timing.benchmark import Benchmark
     from regard.bench.timing.result import SpeedResult
 
 
@@ -43,11 +45,8 @@ def bench(
             "estimated 15 times as long is left out."
         ),
     ] = 4.0,
-    out: Annotated[Path, typer.Option(help="The HTML report.")] = Path("regard-bench.html"),
-    json: Annotated[
-        Path | None,
-        typer.Option(help="Also write every number as JSON; kept up to date while it runs."),
-    ] = None,
+    out: Report = Path("regard-bench.html"),
+    json: Json = None,
 ) -> None:
     """Find the fastest attention on this machine at your length: time, memory, exactness.
 
@@ -57,41 +56,29 @@ def bench(
     run.check_files(out, json)
     numbers = run.integers("--lengths", lengths)
     names = None if mechanisms is None else run.names("--mechanisms", mechanisms)
-    with run.interruptible():
+
+    def make(step: Step, save: Save) -> Benchmark:
         from regard.bench.timing.benchmark import Benchmark
         from regard.bench.timing.setting import Setting
 
-        benchmark: Benchmark | None = None
-        try:
-            setting = Setting(
-                lengths=tuple(sorted(set(numbers))),
-                heads=heads,
-                dim=dim,
-                batch=batch,
-                dtype=dtype,
-                device=device,
-                causal=causal,
-                backward=backward,
-                threads=threads,
-                seed=seed,
-                patience=patience,
-            )
-            with run.progress() as step:
-                try:
-                    benchmark = Benchmark(setting, names, step)
-                    run.save(benchmark.result, json)
-                except (KeyError, TypeError, ValueError, OSError) as error:
-                    run.fail(run.words(error, "speed"))
-                benchmark.after_row = lambda result: run.save(result, json)
-                result = benchmark.run()
-        except KeyboardInterrupt:
-            run.save(benchmark.result if benchmark else None, json)
-            run.interrupted(json)
-        try:
-            run.save(result, json)
-            result.save_report(out)
-        except OSError as error:
-            run.fail(run.words(error, "speed"))
+        setting = Setting(
+            lengths=tuple(sorted(set(numbers))),
+            heads=heads,
+            dim=dim,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            causal=causal,
+            backward=backward,
+            threads=threads,
+            seed=seed,
+            patience=patience,
+        )
+        benchmark = Benchmark(setting, names, step)
+        benchmark.after_row = save
+        return benchmark
+
+    result = run.measure(make, out, json, "speed")
     _show(result)
     typer.echo(f"\nReport: {out}" + (f"\nNumbers: {json}" if json else ""))
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regard.cli.options import Json, Report
 from regard.cli.output import echo, print_heading, print_table
-from regard.cli.running import Running
+from regard.cli.running import Running, Save, Step
 
 if TYPE_CHECKING:
+    from regard.bench.compare.comparison import Comparison
     from regard.bench.compare.result import Result
 
 
@@ -37,15 +39,16 @@ def compare(
         int | None,
         typer.Option(help="Period of the seasonal baseline, in rows (default: found in the data)."),
     ] = None,
+    decay: Annotated[
+        bool,
+        typer.Option("--decay", help="Also choose how fast old pairs are forgotten, or not."),
+    ] = False,
     embedding: Annotated[
         str,
         typer.Option(help="Windows and targets 'relative' to the current value, or 'absolute'."),
     ] = "relative",
-    out: Annotated[Path, typer.Option(help="The HTML report.")] = Path("regard-compare.html"),
-    json: Annotated[
-        Path | None,
-        typer.Option(help="Also write every number as JSON; kept up to date while it runs."),
-    ] = None,
+    out: Report = Path("regard-compare.html"),
+    json: Json = None,
     cost: Annotated[
         bool, typer.Option("--cost/--no-cost", help="Measure time and memory as well.")
     ] = True,
@@ -60,40 +63,29 @@ def compare(
     run.check_files(out, json)
     horizons = run.integers("--horizon", horizon)
     names = None if mechanisms is None else run.names("--mechanisms", mechanisms)
-    with run.interruptible():
+
+    def make(step: Step, save: Save) -> Comparison:
         from regard.bench.compare.comparison import Comparison
         from regard.bench.compare.cost import LENGTHS
         from regard.bench.compare.inputs import as_series
 
-        comparison: Comparison | None = None
-        try:
-            with run.progress() as step:
-                try:
-                    comparison = Comparison(
-                        as_series(series, column),
-                        lags=lags,
-                        horizons=horizons,
-                        mechanisms=names,
-                        embedding=embedding,  # type: ignore[arg-type]
-                        season=season,
-                        cost_lengths=LENGTHS if cost else (),
-                        seed=seed,
-                        threads=threads,
-                        progress=step,
-                    )
-                    run.save(comparison.result, json)
-                except (KeyError, TypeError, ValueError, OSError) as error:
-                    run.fail(run.words(error, "compare"))
-                comparison.after_entry = lambda result: run.save(result, json)
-                result = comparison.run()
-        except KeyboardInterrupt:
-            run.save(comparison.result if comparison else None, json)
-            run.interrupted(json)
-        try:
-            run.save(result, json)
-            result.save_report(out)
-        except OSError as error:
-            run.fail(run.words(error, "compare"))
+        comparison = Comparison(
+            as_series(series, column),
+            lags=lags,
+            horizons=horizons,
+            mechanisms=names,
+            embedding=embedding,  # type: ignore[arg-type]
+            season=season,
+            decay=decay,
+            cost_lengths=LENGTHS if cost else (),
+            seed=seed,
+            threads=threads,
+            progress=step,
+        )
+        comparison.after_entry = save
+        return comparison
+
+    result = run.measure(make, out, json, "compare")
     _show(result)
     typer.echo(f"\nReport: {out}" + (f"\nNumbers: {json}" if json else ""))
 

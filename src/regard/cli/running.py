@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import typer
 
@@ -20,6 +20,22 @@ class Savable(Protocol):
     """A result that can be written at any moment."""
 
     def save_json(self, path: Path) -> None: ...
+
+    def save_report(self, path: Path) -> None: ...
+
+
+Save = Callable[[Savable], None]
+
+
+Result = TypeVar("Result", bound=Savable)
+
+
+class Job(Protocol[Result]):
+    """What a command measures; `result` is valid from the start."""
+
+    result: Result
+
+    def run(self) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,37 @@ class Running:
         from regard.core.state import write_atomically
 
         write_atomically(path, b'{"complete": false}\n')
+
+    def measure(
+        self,
+        make: Callable[[Step, Save], Job[Result]],
+        out: Path,
+        json: Path | None,
+        operation: str,
+    ) -> Result:
+        """Runs what `make(step, save)` returns, which calls `save(result)` now and then.
+
+        Errors in making it are the user's, one line each. `operation` begins their messages.
+        """
+        job: Job[Result] | None = None
+        with self.interruptible():
+            try:
+                with self.progress() as step:
+                    try:
+                        job = make(step, lambda result: self.save(result, json))
+                        self.save(job.result, json)
+                    except (KeyError, TypeError, ValueError, OSError) as error:
+                        self.fail(self.words(error, operation))
+                    result = job.run()
+            except KeyboardInterrupt:
+                self.save(job.result if job else None, json)
+                self.interrupted(json)
+            try:
+                self.save(result, json)
+                result.save_report(out)
+            except OSError as error:
+                self.fail(self.words(error, operation))
+        return result
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -156,11 +156,18 @@ def check_float_operand(
 
 
 def check_scale(op: str, scale: Any, sizes: Sizes, like: Tensor) -> None:
-    """`scale` is None (the default of the mechanism), a finite number, or a tensor [H]."""
+    """`scale` is None (the mechanism's default), a finite number, or a tensor [] or [H]."""
     if isinstance(scale, Tensor):
-        check_float_operand(op, "scale", scale, (sizes.H,), like)
+        check_per_head(op, "scale", scale, sizes, like)
     elif scale is not None:
         check_number(op, "scale", scale)
+
+
+def check_per_head(op: str, name: str, value: Tensor, sizes: Sizes, like: Tensor) -> None:
+    """A floating-point tensor with one number for all heads, [], or one for each, [H]."""
+    if value.is_floating_point() and tuple(value.shape) not in ((), (sizes.H,)):
+        raise reject(op, name, f"of shape [] or [{sizes.H}]", value)
+    check_float_operand(op, name, value, (sizes.H,) if value.dim() else (), like)
 
 
 def check_number(
@@ -224,7 +231,11 @@ def check_window(op: str, window: Any) -> None:
 
 
 def check_state(op: str, state: Any, kind: type) -> None:
-    """`state` is None or what the same op returned."""
+    """`state` is None or of the kind that the op continues.
+
+    A `KVCache` holds keys and values and nothing of a mechanism, so any op that keeps one may
+    continue it; states of fixed size name their mechanism, which their ops check.
+    """
     if state is not None and not isinstance(state, kind):
-        accepted = f"None or the {kind.__name__} that {op} returned"
+        accepted = f"None or a {kind.__name__}"
         raise reject(op, "state", accepted, words(type(state).__name__), kind=TypeError)

@@ -20,6 +20,7 @@ def compare(
     mechanisms: Sequence[str] | None = None,
     embedding: Literal["relative", "absolute"] = "relative",
     season: int | None = None,
+    decay: bool = False,
     cost_lengths: Sequence[int] = (512, 1024, 2048),
     seed: int = 0,
     threads: int | None = None,
@@ -49,6 +50,8 @@ def compare(
         season: the period of the seasonal baseline; by default the highest peak of the
             autocorrelation before the test stretch. At most the rows of the training stretch
             less the longest horizon.
+        decay: also choose, for the mechanisms that take a `log_decay`, after how many rows a
+            pair counts half (or that none does): one more parameter, chosen as the others are.
         cost_lengths: sequence lengths at which time and memory are measured, in one fresh
             process per mechanism; () measures nothing.
         seed: of the values in the cost measurement; nothing else is random.
@@ -84,6 +87,7 @@ def compare(
         mechanisms=mechanisms,
         embedding=embedding,
         season=season,
+        decay=decay,
         cost_lengths=cost_lengths,
         seed=seed,
         threads=threads,

@@ -16,6 +16,7 @@ from regard.bench.compare import baselines, findings
 from regard.bench.compare.cost import LENGTHS, SDPA, measure_cost
 from regard.bench.compare.regressor import (
     TAIL,
+    forgetting,
     operands,
     predict,
     reference_tail,
@@ -37,7 +38,8 @@ from regard.bench.compare.tuning import Choice, calls, grid, tune
 from regard.bench.compare.walk import Walk
 from regard.core.budgets import relative_error
 from regard.core.card import Card
-from regard.core.checks import check_choice, check_integer, reject
+from regard.core.checks import check_choice, check_flag, check_integer, reject
+from regard.tasks.dates import uneven
 from regard.tasks.series import LEAST_SCORED, Embedding, Lagged, Series, Split, check_series
 
 Progress = Callable[[str, float, float], None]
@@ -62,6 +64,7 @@ class Comparison:
         mechanisms: Sequence[str] | None = None,
         embedding: Embedding = "relative",
         season: int | None = None,
+        decay: bool = False,
         cost_lengths: Sequence[int] = LENGTHS,
         seed: int = 0,
         threads: int | None = None,
@@ -69,6 +72,7 @@ class Comparison:
     ) -> None:
         check_integer(OP, "lags", lags)
         check_integer(OP, "seed", seed, least=0)
+        check_flag(OP, "decay", decay)
         for name, value in (("season", season), ("threads", threads)):
             if value is not None:
                 check_integer(OP, name, value)
@@ -76,7 +80,7 @@ class Comparison:
         self.horizons = _integers("horizons", horizons, at_least_one=True)
         self.cost_lengths = _integers("cost_lengths", cost_lengths, at_least_one=False)
         self.embedding: Embedding = embedding
-        self.lags, self.season, self.seed = lags, season, seed
+        self.lags, self.season, self.seed, self.decay = lags, season, seed, decay
         self.threads = threads or 1
         self.series, self.split = series, Split.fifths(len(series))
         check_series(series, self.split, least_rows(lags, self.horizons))
@@ -261,7 +265,7 @@ class Comparison:
         for card in chosen:
             reason = why_unusable(card, gaps=gaps)
             if reason is None:
-                usable.append(card)
+                usable.append(forgetting(card) if self.decay else card)
             elif names is not None:
                 raise ValueError(f"{OP}: mechanism {card.name!r} cannot take part: {reason}")
             elif card.tune:
@@ -282,6 +286,7 @@ class Comparison:
             "gaps": self.split.gaps(series.observed),
             "scored": int(series.observed[self.split.test :].sum()),
             "other_columns": list(series.others),
+            "uneven": uneven(series.times),
         }
 
     def _about_method(self) -> dict[str, Any]:
@@ -292,6 +297,7 @@ class Comparison:
             "lags": self.lags,
             "horizons": list(self.horizons),
             "embedding": self.embedding,
+            "decay": self.decay,
             "rows_for_choosing": min(split.test, TUNING_ROWS),
             "dtype": str(DTYPE).removeprefix("torch."),
             "seed": self.seed,

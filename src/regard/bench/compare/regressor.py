@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from regard.core.card import Card
 from regard.core.patterns import Pattern
 
 TAIL = 16  # rows of the test that are held against the reference
+HALF_LIFE = "half_life"
+HALF_LIVES = (None, 16.0, 64.0, 256.0, 1024.0)  # rows; None: nothing is forgotten
 
 
 def why_unusable(card: Card, *, gaps: bool) -> str | None:
@@ -30,6 +34,14 @@ def why_unusable(card: Card, *, gaps: bool) -> str | None:
     return None
 
 
+def forgetting(card: Card) -> Card:
+    """The card with one more parameter to choose, where its op can forget: the number of rows
+    after which a pair counts half."""
+    if not card.tune or not card.accepts("log_decay"):
+        return card
+    return replace(card, tune={**card.tune, HALF_LIFE: HALF_LIVES})
+
+
 def arguments(
     card: Card,
     keys: Float[Tensor, "b 1 s d"],
@@ -40,11 +52,14 @@ def arguments(
 
     `scales` are multiples of the default scale D ** -0.5; None leaves the op its own. With a
     key bias of -scale |k|^2 / 2 the score scale q . k becomes, up to a constant of the query,
-    the Gaussian kernel's -scale |q - k|^2 / 2.
+    the Gaussian kernel's -scale |q - k|^2 / 2. A half-life becomes a constant `log_decay`.
     """
     default = keys.shape[-1] ** -0.5
     chosen = torch.tensor([default * s for s in scales or (1.0,)], dtype=keys.dtype)
     out = {**options, "causal": True}
+    half_life = out.pop(HALF_LIFE, None)
+    if half_life is not None:
+        out["log_decay"] = keys.new_full(keys.shape[:3], -math.log(2.0) / half_life)
     if scales is not None:
         out["scale"] = chosen
     if card.accepts("key_bias"):

@@ -15,7 +15,7 @@ def settings(chosen: dict[str, object], edges: Sequence[str] = ()) -> str:
     words = (
         f"{name} {value:.3g}{'*' * (name in edges)}"
         if isinstance(value, int | float) and not isinstance(value, bool)
-        else f"{name} {value}{'*' * (name in edges)}"
+        else f"{name} {'none' if value is None else value}{'*' * (name in edges)}"
         for name, value in chosen.items()
     )
     return ", ".join(words)
@@ -89,6 +89,11 @@ def about(result: Result) -> list[str]:
             f"{sum(gaps.values())} gaps: {gaps['training']} interpolated in the training stretch, "
             f"{gaps['validation'] + gaps['test']} after it filled with the last seen value; no "
             "filled value is a target."
+        )
+    if series["uneven"]:
+        lines.append(
+            f"Rows are taken as equally spaced, but {series['uneven']}. A row with an empty value "
+            "in its place would be a gap."
         )
     return lines
 

@@ -77,7 +77,8 @@ def grid(card: Card) -> tuple[Scales, list[dict[str, Any]]]:
 
 def finer(card: Card, choice: Tried | Choice) -> tuple[Scales, list[dict[str, Any]]]:
     """The settings around a choice: half steps from one neighbour on the grid to the other for
-    every positive number, and two whole steps beyond the end where the choice lies there."""
+    every positive number, and two whole steps beyond the end where the choice lies there. None
+    on a grid of numbers, doing without, has nothing around it."""
     around = {name: _around(card.tune[name], value) for name, value in choice.settings.items()}
     scales = None if choice.scale is None else tuple(around.pop("scale"))
     combinations = product(*around.values())
@@ -85,9 +86,9 @@ def finer(card: Card, choice: Tried | Choice) -> tuple[Scales, list[dict[str, An
 
 
 def _around(values: Sequence[Any], chosen: Any) -> list[Any]:
-    if not _is_ladder(values):
+    steps = _ladder(values)
+    if not steps or chosen is None:
         return [chosen]
-    steps = sorted(values)
     at = steps.index(chosen)
     down = chosen / steps[at - 1] if at > 0 else steps[1] / steps[0]
     up = steps[at + 1] / chosen if at + 1 < len(steps) else steps[-1] / steps[-2]
@@ -99,10 +100,11 @@ def _around(values: Sequence[Any], chosen: Any) -> list[Any]:
     return found
 
 
-def _is_ladder(values: Sequence[Any]) -> bool:
-    """Whether a grid is three or more different positive floats."""
-    numbers = [value for value in values if isinstance(value, float) and value > 0]
-    return len(numbers) == len(values) >= 3 and len(set(values)) == len(values)
+def _ladder(values: Sequence[Any]) -> list[float]:
+    """The numbers of a grid of three or more different positive floats (and None), in order."""
+    steps = {value for value in values if isinstance(value, float) and value > 0}
+    others = [value for value in values if value not in steps and value is not None]
+    return [] if others or len(steps) < 3 or len(set(values)) < len(values) else sorted(steps)
 
 
 def calls(card: Card, walks: int) -> int:
@@ -154,12 +156,17 @@ def tune(
 def _middle(card: Card, found: Sequence[Tried]) -> tuple[Scales, list[dict[str, Any]]]:
     """One setting: for every number the geometric mean over those that did about as well."""
     best = min(found)
-    ladders = {name for name in best.settings if _is_ladder(card.tune[name])}
+    ladders = {
+        name
+        for name, value in best.settings.items()
+        if value is not None and _ladder(card.tune[name])
+    }
     near = {
         tuple(tried.settings.items()): tried.settings
         for tried in found
         if tried.error <= best.error * (1 + FLAT)
         and all(tried.settings[name] == best.settings[name] for name in {*best.settings} - ladders)
+        and all(tried.settings[name] is not None for name in ladders)
     }
     middle = {
         name: math.exp(sum(math.log(one[name]) for one in near.values()) / len(near))
@@ -173,8 +180,8 @@ def _middle(card: Card, found: Sequence[Tried]) -> tuple[Scales, list[dict[str, 
 
 def _at_end(card: Card, name: str, value: Any) -> bool:
     """Whether a value is the outermost that was tried, so that a better one may lie beyond."""
-    values = card.tune[name]
-    if not _is_ladder(values):
+    values = _ladder(card.tune[name])
+    if not values or value is None:
         return False
-    outer = _around(values, min(values))[0], _around(values, max(values))[-1]
+    outer = _around(values, values[0])[0], _around(values, values[-1])[-1]
     return value <= outer[0] or value >= outer[1]

@@ -29,7 +29,7 @@ def delta_attention(
     beta: Float[Tensor, "b hk s"],
     causal: bool = False,
     normalise_keys: bool = True,
-    scale: float | Float[Tensor, " h"] | None = None,
+    scale: float | Float[Tensor, ""] | Float[Tensor, " h"] | None = None,
     key_mask: Bool[Tensor, "b s"] | None = None,
     cu_seqlens: Int[Tensor, " n"] | None = None,
     cu_seqlens_k: Int[Tensor, " n"] | None = None,
@@ -56,8 +56,8 @@ def delta_attention(
             and between 1 and 2 it overshoots (negative eigenvalues). Any floating dtype.
         normalise_keys: divide every key by its norm (exactly, no epsilon; a zero key stays
             zero). Queries are left as they are: their size scales the output.
-        scale: multiplies q: a number or one per head [H]. None is D ** -0.5, as in the
-            authors' kernels (the paper has none).
+        scale: multiplies q: a number or a tensor [], or one per head [H]. None is D ** -0.5, as
+            in the authors' kernels (the paper has none).
         key_mask: bool [B, S], True = real key. A masked key writes nothing; what it holds
             reaches no value and no gradient.
         cu_seqlens, cu_seqlens_k: int32 [n + 1] boundaries of packed sequences, with B = 1; the

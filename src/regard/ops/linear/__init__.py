@@ -44,7 +44,7 @@ def linear_attention(
     causal: bool = False,
     feature_map: str = "elu",
     normalise: bool = True,
-    scale: float | Float[Tensor, " h"] | None = None,
+    scale: float | Float[Tensor, ""] | Float[Tensor, " h"] | None = None,
     key_mask: Bool[Tensor, "b s"] | None = None,
     log_decay: Float[Tensor, "b hk s"] | None = None,
     cu_seqlens: Int[Tensor, " n"] | None = None,
@@ -70,8 +70,8 @@ def linear_attention(
         feature_map: "elu" is 1 + elu(x), always positive; "identity" is x, which needs
             `normalise=False`, as a sum of products of either sign may vanish.
         normalise: divide by the sum of weights. No epsilon is added to it.
-        scale: multiplies phi(q): a number or one per head [H]. None is 1, the paper's choice;
-            it cancels where the output is normalised.
+        scale: multiplies phi(q): a number or a tensor [], or one per head [H]. None is 1, the
+            paper's choice; it cancels where the output is normalised.
         key_mask: bool [B, S], True = real key. A masked key writes nothing and advances no
             decay; what it holds reaches no value and no gradient.
         log_decay: [B, 1 | Hk, S], at most 0: the logarithm of what each token multiplies the

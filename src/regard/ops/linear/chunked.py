@@ -10,15 +10,12 @@ replaced by exact zeros before it is multiplied with anything: a later key may h
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from regard.core.library import define
 from regard.core.precision import without_autocast
 from regard.ops.linear.chunks import Chunks, decay_gradient, decay_shape, through, to_end
-from regard.ops.linear.mapped import batched
+from regard.ops.linear.registered import register
 
 CHUNK, CHUNK_CUDA = 64, 256  # on a GPU fewer, larger products: each one is a launch
 
@@ -122,48 +119,4 @@ def _differentiate(
         return dq, dk, dv, d_decay, future.view(state.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, log_decay, state, ctx.chunk = inputs
-    ctx.save_for_backward(q, k, v, log_decay, state)
-
-
-def _backward_of_forward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Any, ...]:
-    q, k, v, log_decay, state = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[3]
-    *gradients, d_decay, d_past = _backward(
-        d_out, d_state, q, k, v, log_decay, state, ctx.chunk, wanted
-    )
-    return *gradients, d_decay.to(log_decay.dtype) if wanted else None, d_past, None
-
-
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_forward(q, k, v, log_decay, state, chunk):
-    return q.new_empty(*q.shape[:3], v.shape[3]), _like(state)
-
-
-def _fake_backward(d_out, d_state, q, k, v, log_decay, state, chunk, wants_decay):
-    d_decay = q.new_empty(decay_shape(log_decay, wants_decay))
-    return _like(q), _like(k), _like(v), d_decay, _like(state)
-
-
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor state, int chunk"
-_backward = define(
-    "linear_bwd",
-    f"(Tensor d_out, Tensor d_state, {_TENSORS}, bool wants_decay)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _differentiate,
-    _fake_backward,
-    vmap=batched(lambda *args: _backward(*args)),
-)
-_forward = define(
-    "linear_fwd",
-    f"({_TENSORS}) -> (Tensor, Tensor)",
-    _attend,
-    _fake_forward,
-    backward=_backward_of_forward,
-    setup_context=_save,
-    vmap=batched(lambda *args: _forward(*args)),
-)
+_forward = register("linear", (), _attend, _differentiate)

@@ -134,7 +134,7 @@ def _prepare(call: Delta) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | N
         log_decay = log_decay.expand(-1, heads, -1)
     q, scale = call.q.to(dtype), call.scale
     if isinstance(scale, Tensor):
-        q = q * scale.to(dtype)[:, None, None]
+        q = q * scale.to(dtype).reshape(-1, 1, 1)
     else:
         q = q * (q.shape[3] ** -0.5 if scale is None else scale)
     keys = k, v.to(dtype), beta.to(dtype).expand(-1, heads, -1), log_decay

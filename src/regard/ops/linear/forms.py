@@ -59,7 +59,7 @@ def _prepare(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor 
     if call.key_mask is not None and call.feature_map != "identity":
         k = k.masked_fill(masked, 0.0)
     if isinstance(call.scale, Tensor) and not call.normalise:
-        q = q * call.scale.to(dtype)[:, None, None]
+        q = q * call.scale.to(dtype).reshape(-1, 1, 1)
     elif call.scale is not None and not call.normalise:
         q = q * call.scale
     if log_decay is not None:
@@ -78,7 +78,7 @@ def _finish(call: Call, out: Tensor, state: Tensor) -> Tensor | tuple[Tensor, Fi
     if call.normalise:
         out = mean(out)
         if isinstance(call.scale, Tensor):  # it cancels: exactly, and so does its gradient
-            out = out + 0.0 * call.scale.to(out.dtype)[:, None, None]
+            out = out + 0.0 * call.scale.to(out.dtype).reshape(-1, 1, 1)
     out = out.to(call.q.dtype)
     if not call.return_state:
         return out

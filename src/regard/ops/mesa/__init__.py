@@ -16,6 +16,7 @@ from regard.core.checks import (
     check_integer,
     check_key_mask,
     check_number,
+    check_per_head,
     check_qkv,
     reject,
 )
@@ -39,7 +40,7 @@ def mesa_attention(
     *,
     log_decay: Float[Tensor, "b hk s"] | None = None,
     beta: Float[Tensor, "b hk s"] | None = None,
-    ridge: float | Float[Tensor, " h"] | Float[Tensor, "h d"] = 1.0,
+    ridge: float | Float[Tensor, ""] | Float[Tensor, " h"] | Float[Tensor, "h d"] = 1.0,
     causal: bool = False,
     solver: Literal["auto", "direct", "cg"] = "auto",
     tol: float | None = None,
@@ -72,7 +73,8 @@ def mesa_attention(
         log_decay: [B, 1 | Hk, S], at most 0. Minus infinity (and any step below -1000, whose
             exponential is 0 in float64 too) forgets exactly. None: nothing is forgotten.
         beta: [B, 1 | Hk, S], at least 0: the weight of a pair. None: 1.
-        ridge: above 0: a number, one per head [H], or one per head and channel [H, D].
+        ridge: above 0: a number or a tensor [], one per head [H], or one per head and channel
+            [H, D].
         solver: "direct" builds and factorises Hkk_t for every token, "cg" applies it in
             conjugate gradients; "auto" is "direct" up to D = 32 and without `causal`.
         tol: relative residual at which a query's conjugate gradients stop. None: 1e-12 for
@@ -162,7 +164,7 @@ def _check_ridge(ridge: Any, sizes: Sizes, q: Tensor) -> None:
     elif ridge.dim() == 2:
         check_float_operand(_OP, "ridge", ridge, (sizes.H, sizes.D), q)
     else:
-        check_float_operand(_OP, "ridge", ridge, (sizes.H,), q)
+        check_per_head(_OP, "ridge", ridge, sizes, q)
 
 
 def _check_solver(

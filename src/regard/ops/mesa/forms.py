@@ -64,7 +64,7 @@ def _ridge(call: Call, dtype: torch.dtype) -> Tensor:
     if not isinstance(call.ridge, Tensor):
         return call.q.new_full((B, Hk, D), call.ridge, dtype=dtype)
     ridge = call.ridge.to(dtype)
-    return (ridge if ridge.dim() == 2 else ridge[:, None]).expand(B, H, D)
+    return (ridge if ridge.dim() == 2 else ridge.reshape(-1, 1)).expand(B, H, D)
 
 
 def _prepare(call: Call) -> tuple[tuple[Tensor | None, ...], Tensor | None]:

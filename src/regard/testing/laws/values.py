@@ -80,6 +80,29 @@ def forms(s: Subject) -> str | None:
 
 
 @law(cost="rotated")
+def scalar_tensors(s: Subject) -> None:
+    """A scale or ridge in a tensor of no axes is the number it holds, in value and gradient."""
+    names = [n for n in ("scale", "ridge") if s.card.accepts(n) and n not in s.case.options]
+    if not names:
+        raise DoesNotApply("the op takes neither a scale nor a ridge")
+    for name in names:
+        call = s.sample(())
+        number = torch.tensor(0.375, dtype=torch.float64, device=s.device)
+        one = call.with_tensor(name, number, ())
+        per_head = call.with_tensors(**{name: number.expand(call["q"].shape[1]).clone()})
+        for dtype in BOTH:
+            expected, wide = s.gradients(per_head.to(dtype))
+            wide[name] = wide[name].sum()
+            for impl in ("auto", *s.available(one.to(dtype).leaves())):
+                extra: dict[str, Any] = {} if impl == "auto" else {"impl": impl}
+                what = f"{name} of no axes, impl={impl!r}"
+                out, gradients = s.gradients(one.to(dtype), **extra)
+                s.close(out, expected, "value", what, dtype)
+                s.close_all(one, gradients, wide, "gradient", what, dtype)
+            s.close(s.run(call.to(dtype).with_options(**{name: 0.375})), expected, "value", name)
+
+
+@law(cost="rotated")
 def odd_lengths(s: Subject) -> None:
     """Right at the lengths 1, 2, 7, 33 and 130."""
     s.free_lengths()
