@@ -2,7 +2,8 @@
 
 `{{ mechanisms }}`, `{{ laws }}`, `{{ exceptions }}` and `{{ budgets }}` become tables;
 `{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series,
-`{{ speed DEVICE }}` the times measured on a device, `{{ file README.md }}` a file of the
+`{{ speed DEVICE }}` the times measured on a device, `{{ kernels DEVICE }}` those of the compiled
+forms, `{{ trained }}` what models learnt on a GPU, `{{ file README.md }}` a file of the
 repository. A mechanism without a hand-written page gets one made from its card.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -20,11 +22,19 @@ import regard
 from regard.testing import tables
 
 DOCS = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("readme", DOCS / "readme.py")
-assert _spec is not None
-assert _spec.loader is not None
-_readme = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_readme)
+
+
+def _beside(name: str) -> ModuleType:
+    """A script of this folder as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_readme, _performance = _beside("readme"), _beside("performance")
 
 TABLES = {
     "mechanisms": lambda: tables.table(link="{name}.md"),
@@ -35,7 +45,9 @@ TABLES = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for every mechanism that has none."""
+    """Adds a page for every mechanism that has none, and pictures of what was measured."""
+    for place, picture in _performance.pictures().items():
+        files.append(File.generated(config, place, content=picture))
     for name in regard.mechanisms:
         place = f"mechanisms/{name}.md"
         if not (DOCS / place).exists():
@@ -67,6 +79,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(
         r"\{\{ speed (\w+) \}\}", lambda match: _readme.speed_table(match.group(1)), markdown
     )
+    markdown = _performance.filled(markdown)
     return re.sub(r"\{\{ card (\w+) \}\}", lambda match: _card(match.group(1)), markdown)
 
 

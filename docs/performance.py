@@ -1,0 +1,86 @@
+"""Fills the performance pages and a part of regression.md from the files in benchmarks/results.
+
+`{{ kernels cpu }}` is what benchmarks/cpu.py found, one part for every kind of processor there is
+a file of; `{{ kernels gpu }}` what benchmarks/gpu.py found; `{{ trained }}` what
+benchmarks/train_gpu.py found. Where there is no file yet the page says so. Pictures are made when
+the site is built.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from regard.bench.kernels import pages
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks/results"
+TRAINED = RESULTS / "regression_gpu.json"
+NOT_YET = "*Not measured yet in this version.*\n"
+PATTERNS = {"cpu": "cpu_*.json", "gpu": "gpu*.json"}
+
+
+def results(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of every file of a device."""
+    for path in sorted(RESULTS.glob(PATTERNS[device])):
+        yield path.stem, json.loads(path.read_text())
+
+
+def filled(markdown: str) -> str:
+    """The page with its placeholders replaced."""
+    markdown = re.sub(r"\{\{ kernels (\w+) \}\}", lambda match: kernels(match.group(1)), markdown)
+    return re.sub(r"\{\{ trained \}\}", lambda match: trained(), markdown)
+
+
+def kernels(device: str) -> str:
+    """Everything about a device: where, what was missed, pictures, tables."""
+    parts = []
+    for name, result in results(device):
+        machine = result["machine"]
+        title = machine.get("gpu") or machine.get("processor") or machine["architecture"]
+        if device == "cpu":
+            title += f", {machine['instruction_sets']['torch']}"
+        drawn = [
+            f"![{pages.CAPTIONS[picture]}](figures/{name}_{picture}.svg)\n\n"
+            f"*{pages.CAPTIONS[picture]}*\n"
+            for picture in pages.pictures(result)
+        ]
+        parts += [
+            f"## {title}\n",
+            pages.about(result),
+            pages.missed(result),
+            *drawn,
+            pages.sections(result),
+        ]
+    return "\n".join(parts) if parts else NOT_YET
+
+
+def trained() -> str:
+    """Tables and pictures of what models learnt on a GPU."""
+    if not TRAINED.exists():
+        return NOT_YET
+    script = runpy.run_path(str(DOCS / "figures/regression_gpu.py"))
+    result = json.loads(TRAINED.read_text())
+    drawn = [
+        f"![{caption}](figures/regression_gpu_{name}.svg)\n\n*{caption}*\n"
+        for name, caption in script["CAPTIONS"].items()
+    ]
+    return "\n".join([script["tables"](result), *drawn])
+
+
+def pictures() -> dict[str, bytes]:
+    """SVG by its place in the site."""
+    found = {}
+    for device in PATTERNS:
+        for name, result in results(device):
+            for picture, content in pages.pictures(result).items():
+                found[f"figures/{name}_{picture}.svg"] = content
+    if TRAINED.exists():
+        script = runpy.run_path(str(DOCS / "figures/regression_gpu.py"))
+        for picture, content in script["draw"](json.loads(TRAINED.read_text())).items():
+            found[f"figures/regression_gpu_{picture}.svg"] = content
+    return found

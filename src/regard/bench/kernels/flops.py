@@ -1,0 +1,38 @@
+"""The work that an algorithm asks for, counted from what it did."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.bench.kernels.case import Case
+
+
+def visible(case: Case) -> Tensor:
+    """Keys that each query of a head sees, [T], where only the causal mask hides any."""
+    T, S = case.rows, case.length
+    if not case.causal or T == 1:
+        return torch.full((T,), S, dtype=torch.float64)
+    return (torch.arange(T, dtype=torch.float64) + (S - T + 1)).clamp(min=0)
+
+
+def forward(case: Case, iterations: Tensor | None) -> float:
+    """Multiplications and additions of a forward.
+
+        softmax           4 D           a visible pair: scores, outputs
+        given probe       6 D           and its product with the keys
+        conjugate grad.   8 D + 4 D T   scores, mean key, probe, outputs; T steps of two products
+        direct            8 D + D (D + 1)   and half of a symmetric matrix
+
+    `iterations` [B, H, T] are each query's own; all 0: the solve was direct.
+    """
+    D, seen = case.dim, visible(case)
+    if case.mechanism == "softmax":
+        return 4.0 * D * case.pairs
+    if case.mechanism == "parallax":
+        return 6.0 * D * case.pairs
+    assert iterations is not None
+    if not bool(iterations.any()):
+        return (8.0 * D + D * (D + 1)) * case.pairs
+    each = 8.0 * D + 4.0 * D * iterations[0].double().cpu()
+    return float((each * seen).sum())

@@ -1,0 +1,277 @@
+"""Measures one case: which form runs, is it right, how much memory, how long."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import regard
+from regard.bench.kernels import flops, judge, others
+from regard.bench.kernels.case import Case
+from regard.bench.kernels.rows import Left, Row
+from regard.bench.measure import memory
+from regard.bench.measure.clock import MOVED, Sentinel, Stopwatch
+from regard.bench.measure.interleaved import undisturbed
+
+Calls = dict[str, Callable[[], Any]]
+FLUSHED = 2**28  # bytes: more than any cache of a GPU
+_KERNELS = {
+    "cpu": {"SDPA": None},
+    "cuda": {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION},
+}
+
+
+class Bench:
+    """Measures cases on one device, in this process.
+
+    `timed=False` only judges them. `peak(isa)` gives the processor's multiply-and-add peak in
+    GFLOP/s on an instruction set (None: the best); it is asked before and after every row.
+    `within(isa)` is a context in which native forms use that instruction set.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        timed: bool = True,
+        rounds: int = 5,
+        attempts: int = 3,
+        peak: Callable[[str | None], float] | None = None,
+        within: Callable[[str], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.device, self.timed, self.rounds, self.attempts = device, timed, rounds, attempts
+        self.kind = torch.device(device).type
+        self.watch = Stopwatch(device)
+        self.sentinel = Sentinel(device, self.watch)
+        self.peak, self.within = peak, within
+        self._flushed = torch.empty(FLUSHED, dtype=torch.int8, device=device) if timed and (
+            self.kind == "cuda"
+        ) else None  # fmt: skip
+
+    def row(self, case: Case) -> Row | Left:
+        """The row of a case, or why there is none."""
+        return self._guarded(case, lambda: self._row(case))
+
+    def check(self, case: Case, learn: tuple[str, ...]) -> Row | Left:
+        """A short call compared whole, with its gradients; nothing is timed."""
+
+        def judged() -> Row | Left:
+            form = self._form(case, gradients=True)
+            if isinstance(form, Left):
+                return form
+            row = Row(case, form, judge.whole(case, self.device, learn=learn))
+            errors = {verdict.quantity: verdict.error for verdict in row.verdicts}
+            row.numbers["output"] = errors["output"]
+            row.numbers["gradients"] = max(errors[n] for n in ("dq", "dk", "dv"))
+            row.numbers["gradients/bound"] = max(
+                v.error / max(case.gradient_bound, v.rounding)
+                for v in row.verdicts
+                if v.quantity != "output"
+            )
+            rounding = [v.error / v.rounding for v in row.verdicts if v.rounding]
+            if rounding:
+                row.numbers["error/rounding"] = rounding[0]
+            return row
+
+        return self._guarded(case, judged)
+
+    def _guarded(self, case: Case, found: Callable[[], Row | Left]) -> Row | Left:
+        context = nullcontext()
+        if case.isa is not None:
+            if self.within is None:
+                return Left(case, "this build cannot choose an instruction set")
+            context = self.within(case.isa)
+        try:
+            with context:
+                return found()
+        except Exception as error:  # whatever breaks, the others go on
+            return Left(case, _words(error), failed=True)
+
+    def _form(self, case: Case, gradients: bool) -> str | Left:
+        """The form that would run, or why none can."""
+        asked = case.arguments(self.device)
+        if gradients:
+            asked = {n: _leaf(x) if n in "qkv" else x for n, x in asked.items()}
+        try:
+            told = regard.explain(case.card.op, **asked, **case.options, impl=case.impl)
+        except (TypeError, ValueError) as error:
+            return Left(case, str(error).splitlines()[0])
+        if case.impl == "native" and told.form == "torch_sdpa":
+            return Left(case, "its native form is torch's own kernel")
+        return told.form
+
+    def _row(self, case: Case) -> Row | Left:
+        form = self._form(case, case.work == "gradients")
+        if isinstance(form, Left):
+            return form
+        given = case.arguments(self.device)
+        begun = time.perf_counter()
+        with torch.no_grad():
+            out, grown = case.run(given), None
+            first = time.perf_counter() - begun
+            if self.timed:  # what the first call keeps for later ones is none of a call's memory
+                grown, _ = memory.growth(lambda: case.run(given), self.device)
+        row = Row(case, form, judge.outputs(case, out, self.device), peak_bytes=grown)
+        row.numbers["first call"] = first
+        if case.work == "gradients":
+            row.verdicts += judge.gradients(case, self.device)
+        del out
+        iterations = self._look_inside(case, given, row)
+        inputs = sum(x.nbytes for n, x in given.items() if n in "qkv")
+        if grown is not None and inputs:
+            row.numbers["memory/inputs"] = grown / inputs
+        rounding = [v.error / v.rounding for v in row.verdicts if v.rounding]
+        if rounding:
+            row.numbers["error/rounding"] = rounding[0]  # of the output
+        if self.timed:
+            self._time(case, given, row, iterations)
+        return row
+
+    def _look_inside(self, case: Case, given: dict[str, Any], row: Row) -> Tensor | None:
+        """Iterations and residuals, of mechanisms that tell."""
+        if case.mechanism != "local_linear":
+            return None
+        with torch.no_grad():
+            _, aux = case.run({**given, "return_aux": True})
+        row.residual = float(aux.residual.max())
+        seen = flops.visible(case)
+        if "packed" not in case.extra and case.pairs:
+            mean = float((aux.iterations[0].double().cpu() * seen).sum()) / case.pairs
+            row.iterations = (mean, int(aux.iterations.max()))
+            return aux.iterations
+        return None
+
+    def _time(self, case: Case, given: dict[str, Any], row: Row, iterations: Tensor | None) -> None:
+        calls = self._contestants(case, given)
+        for call in calls.values():
+            call()
+        peaks = [self.peak(case.isa)] if self.peak is not None else []
+        found, change = undisturbed(
+            calls, self.watch, self.sentinel,
+            rounds=self.rounds, before=self._flush, attempts=self.attempts,
+        )  # fmt: skip
+        row.seconds = {name: timing.seconds for name, timing in found.items()}
+        row.runs = min(timing.runs for timing in found.values())
+        row.sentinel_moved, row.noisy = change, change > MOVED
+        row.numbers |= ratios(row.seconds, [*_KERNELS[self.kind], *others.NAMES])
+        if "base forward" in row.seconds and case.against is not None:
+            ratio = row.seconds["forward"] / row.seconds["base forward"]
+            row.numbers["forward/base"] = ratio
+            row.numbers["pair/base"] = ratio * case.against.pairs / case.pairs
+        if case.published is not None:
+            row.numbers["published/forward"] = case.published / (1e3 * row.seconds["forward"])
+        counts = case.mechanism != "local_linear" or iterations is not None
+        if counts and case.pairs:
+            rate = flops.forward(case, iterations) / row.seconds["forward"] / 1e9
+            row.numbers["GFLOP/s"] = rate
+            if self.peak is not None:
+                peaks.append(self.peak(case.isa))
+                row.numbers["of peak"] = rate / max(peaks)
+
+    def _contestants(self, case: Case, given: dict[str, Any]) -> Calls:
+        """What is timed, by name: ours, torch's kernels, another case of ours."""
+        calls: Calls = passes("", lambda a: case.run(a), given, case.work == "gradients")
+        plain = {name: given[name] for name in "qkv"}
+        causal = case.causal and case.rows > 1
+        same = case.rows == case.length or not causal
+        for name, kernel in _KERNELS[self.kind].items():
+            if not same or case.extra:
+                continue
+            sdpa = _sdpa(kernel, causal, case.kv_heads not in (None, case.heads))
+            try:
+                theirs = passes(f"{name} ", sdpa, plain, case.work == "gradients")
+                for call in theirs.values():
+                    call()
+            except RuntimeError:  # a kernel that does not serve this call
+                continue
+            calls |= theirs
+        for name, call in others.contestants(case, given, self.kind).items():
+            try:
+                call()
+            except Exception:  # whatever another library makes of this machine
+                continue
+            calls[name] = call
+        if case.against is not None:
+            base, other = case.against, case.against.arguments(self.device)
+            calls |= passes("base ", lambda a: base.run(a), other, False)
+        return calls
+
+    def _flush(self) -> None:
+        if self._flushed is not None:
+            self._flushed.zero_()
+
+
+def passes(
+    prefix: str,
+    run: Callable[[Mapping[str, Any]], Tensor],
+    given: dict[str, Any],
+    gradients: bool,
+) -> Calls:
+    """The forward of a call, and where asked for its backward and both."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run(given)
+
+    calls: Calls = {f"{prefix}forward": forward}
+    if not gradients:
+        return calls
+    leaves = {name: _leaf(x) for name, x in given.items()}
+    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
+    kept = run(leaves)
+    cotangent = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)).to(kept)
+
+    def backward() -> None:
+        torch.autograd.grad(kept, wanted, cotangent, retain_graph=True)
+
+    def both() -> None:
+        torch.autograd.grad(run(leaves), wanted, cotangent)
+
+    return {**calls, f"{prefix}backward": backward, f"{prefix}both": both}
+
+
+def ratios(seconds: Mapping[str, float], yardsticks: list[str]) -> dict[str, float]:
+    """Our times over those of torch's kernels, and ours among each other.
+
+    >>> ratios({"forward": 2.0, "both": 5.0, "SDPA forward": 1.0}, ["SDPA"])
+    {'forward/SDPA': 2.0, 'both/forward': 2.5}
+    """
+    found = {}
+    for work in ("forward", "backward", "both"):
+        for name in yardsticks:
+            if work in seconds and f"{name} {work}" in seconds:
+                found[f"{work}/{name}"] = seconds[work] / (seconds[f"{name} {work}"] or math.nan)
+    for work in ("backward", "both"):
+        if work in seconds:
+            found[f"{work}/forward"] = seconds[work] / seconds["forward"]
+    return found
+
+
+def _sdpa(kernel: SDPBackend | None, causal: bool, grouped: bool) -> Callable[..., Tensor]:
+    def run(given: Mapping[str, Any]) -> Tensor:
+        with sdpa_kernel(kernel) if kernel is not None else nullcontext():
+            return scaled_dot_product_attention(
+                given["q"], given["k"], given["v"], is_causal=causal, enable_gqa=grouped
+            )
+
+    return run
+
+
+def _leaf(x: Any) -> Any:
+    """A copy that asks for its gradient; what has none stays as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().clone().requires_grad_()
+    return x
+
+
+def _words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,361 @@
+"""Benchmarks of kernels: what is drawn, judged, counted and timed, and the scripts around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import regard
+from regard.bench.kernels import cpu, flops, gpu, judge, pages, threads
+from regard.bench.kernels.case import PACKED, Case, Target
+from regard.bench.kernels.draw import CENTRES, KINDS, draw
+from regard.bench.kernels.measure import Bench, ratios
+from regard.bench.kernels.result import Result, as_text, facts
+from regard.bench.kernels.rows import Left, Row
+from regard.bench.measure import clock, memory
+from regard.bench.measure import interleaved as turns
+from regard.bench.measure.clock import Sentinel, Stopwatch
+from regard.bench.measure.interleaved import interleaved, undisturbed
+
+ROOT = Path(__file__).parents[2]
+SMALL = Case("test", dim=8, length=70, heads=2)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "ENOUGH", 0.0)
+    monkeypatch.setattr(clock, "ENOUGH", 0.0)
+
+
+def test_kinds_of_keys() -> None:
+    drawn = {kind: draw(kind, heads=2, length=600, dim=8) for kind in KINDS}
+    for kind, (q, k, v) in drawn.items():
+        assert q.shape == k.shape == v.shape == (1, 2, 600, 8)
+        assert torch.equal(k, draw(kind, heads=2, length=600, dim=8).k)
+        assert not torch.equal(q, k)
+        assert v.std() == pytest.approx(1.0, abs=0.05)
+    assert drawn["normal"].k.std() == pytest.approx(1.0, abs=0.05)
+    assert drawn["offset"].k.mean() == pytest.approx(2.0, abs=0.1)
+    norms = drawn["sharp"].k[0, 0].std(0)
+    assert norms[0] / norms[-1] == pytest.approx(100.0, rel=0.2)
+    smooth = drawn["smooth"].k[0, 0]
+    steps = (smooth[1:] - smooth[:-1]).std() / smooth.std()
+    assert steps == pytest.approx(math.sqrt(2 - 2 * 0.98), rel=0.3)
+    q, k, _ = drawn["cluster"]  # queries lie where the keys of their head lie
+    distances = torch.cdist(q[0, 0], k[0, 0]).amin(1)
+    assert distances.max() < 1.0
+    assert len(k[0, 0].round(decimals=0).unique(dim=0)) <= 8 * CENTRES
+
+
+def test_grouped_queries_lie_at_their_key_heads() -> None:
+    q, k, _ = draw("cluster", heads=4, kv_heads=2, length=100, dim=8)
+    assert k.shape[1] == 2
+    for head in range(4):
+        near = [float(torch.cdist(q[0, head], k[0, at]).amin(1).max()) for at in (0, 1)]
+        assert near.index(min(near)) == head // 2
+
+
+def test_pairs_are_counted_as_masks_see_them() -> None:
+    seen = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    assert replace(SMALL, heads=1, length=9, queries=5).pairs == int(seen.sum())
+    assert replace(SMALL, length=9, causal=False).pairs == 2 * 81
+    assert replace(SMALL, length=9, work="decode").pairs == 2 * 9
+    each = 8 * 9 // 2
+    assert replace(SMALL, length=8 * PACKED, extra=("packed",)).pairs == 2 * PACKED * each
+
+
+def test_work_is_counted_from_every_row() -> None:
+    case = replace(SMALL, heads=1, length=3)
+    steps = torch.tensor([[[1, 2, 3]]])
+    wanted = sum(seen * (8 * 8 + 4 * 8 * T) for seen, T in zip((1, 2, 3), (1, 2, 3), strict=True))
+    assert flops.forward(case, steps) == wanted
+    assert flops.forward(case, torch.zeros(1, 1, 3)) == 6 * (8 * 8 + 8 * 9)
+    assert flops.forward(replace(case, mechanism="softmax"), None) == 6 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": 200},
+        {"mechanism": "softmax"},
+        {"mechanism": "parallax"},
+        {"causal": False},
+        {"queries": 9},
+        {"kv_heads": 1},
+        {"length": 48, "extra": ("packed",)},
+        {"length": 200, "extra": ("key_mask", "log_decay")},
+        {"work": "decode"},
+    ],
+    ids=str,
+)
+def test_outputs_and_gradients_are_judged_by_the_reference(changes: dict[str, Any]) -> None:
+    case = replace(SMALL, bound=1e-4, **changes)
+    with torch.no_grad():
+        out = case.run(case.arguments())
+    (verdict,) = judge.outputs(case, out)
+    assert verdict.right
+    assert not judge.outputs(case, out * 1.001)[0].right
+    out[:, -1, -1] = math.nan  # of the last row of the last head
+    assert judge.outputs(case, out)[0].error == math.inf
+    assert all(verdict.right for verdict in judge.gradients(case))
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(SMALL, options={"tol": 1e-6}, extra=("log_decay",), bound=1e-5)
+    learn = ("ridge", "log_decay")
+    verdicts = {v.quantity: v for v in judge.whole(case, learn=learn)}
+    assert set(verdicts) == {"output", "dq", "dk", "dv", "dridge", "dlog_decay"}
+    assert all(verdict.right for verdict in verdicts.values())
+    right = Case.run
+    # Gradients that leave out a term, as a published backward does.
+    monkeypatch.setattr(Case, "run", lambda self, a: right(self, {**a, "grad": "official"}))
+    verdicts = {v.quantity: v for v in judge.whole(case, learn=learn)}
+    assert verdicts["output"].right
+    assert not verdicts["dq"].right
+
+
+def test_rounding_is_allowed_for() -> None:
+    case = replace(SMALL, dtype="bfloat16")
+    for verdict in judge.whole(case, learn=("ridge",)):
+        assert verdict.right
+        assert 0 < verdict.rounding < verdict.allowed
+    with torch.no_grad():
+        out = case.run(case.arguments())
+    assert judge.outputs(case, out)[0].error > 1e-4
+    assert not judge.outputs(case, out * 1.02)[0].right
+
+
+def test_a_row_has_numbers_and_targets() -> None:
+    targets = (
+        Target("forward/SDPA", most=1e9),
+        Target("both/forward", most=0.1),
+        Target("forward/base", most=1e9),
+        Target("of peak", least=2.0),
+        Target("unheard of", most=1.0),
+    )
+    case = replace(
+        SMALL, work="gradients", targets=targets, against=replace(SMALL, causal=False), heads=1
+    )
+    row = Bench(rounds=2, attempts=1, peak=lambda isa: 1e6).row(case)
+    assert isinstance(row, Row)
+    row.noisy = False
+    assert row.right
+    assert [(t["quantity"], t["met"]) for t in row.targets] == [
+        ("forward/SDPA", True),
+        ("both/forward", False),
+        ("forward/base", True),
+        ("of peak", False),
+    ]
+    assert set(row.seconds) == {
+        *("forward", "backward", "both"),
+        *("SDPA forward", "SDPA backward", "SDPA both", "base forward"),
+    }
+    assert row.numbers["both/SDPA"] == row.seconds["both"] / row.seconds["SDPA both"]
+    row.noisy = True
+    assert not any(target["met"] for target in row.targets)
+
+
+def test_what_cannot_be_measured_says_why() -> None:
+    bench = Bench(timed=False)
+    left = bench.row(replace(SMALL, impl="triton"))
+    assert isinstance(left, Left)
+    assert "impl='triton' cannot serve this call" in left.reason
+    assert not left.failed
+    left = bench.row(replace(SMALL, impl="eager", isa="avx2"))
+    assert isinstance(left, Left)
+    assert "instruction set" in left.reason
+    left = bench.check(replace(SMALL, impl="triton"), ())
+    assert isinstance(left, Left)
+
+
+def test_a_call_that_breaks_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Case, arguments: Any) -> Any:
+        raise RuntimeError("illegal memory access\nand more")
+
+    monkeypatch.setattr(Case, "run", broken)
+    left = Bench(timed=False).row(SMALL)
+    assert isinstance(left, Left)
+    assert left.failed
+    result = Result("cpu", facts("cpu"), rows=[left])
+    assert result.wrong == [f"{SMALL.name}: RuntimeError: illegal memory access"]
+
+
+def test_times_are_taken_in_turns() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = interleaved(calls, Stopwatch(), before=lambda: order.append("."))
+    _, *samples = "".join(order).split(".")
+    assert [set(sample) for sample in samples[:4]] == [{"a"}, {"b"}, {"a"}, {"b"}]
+    assert all(len(set(sample)) == 1 for sample in samples)
+    assert found["a"].runs == found["b"].runs == len(samples) / 2 >= 5
+
+
+def test_times_are_taken_again_while_the_machine_is_disturbed() -> None:
+    class Moving(Sentinel):
+        def __init__(self, *values: float) -> None:
+            self.values = iter(values)
+
+        def seconds(self) -> float:
+            return next(self.values)
+
+    def change(*values: float) -> float:
+        calls = {"a": lambda: None}
+        return undisturbed(calls, Stopwatch(), Moving(*values), attempts=2)[1]
+
+    assert change(1.0, 1.05) == pytest.approx(0.05)
+    assert change(1.0, 2.0, 1.0, 1.05) == pytest.approx(0.05)
+    assert change(1.0, 2.0, 1.0, 4.0) == pytest.approx(1.0)  # the quieter one, and it says so
+
+
+def test_ratios_are_to_the_yardstick_of_the_same_work() -> None:
+    seconds = {"forward": 3.0, "backward": 6.0, "both": 9.0, "flash forward": 1.0}
+    assert ratios(seconds, ["flash", "cuDNN"]) == {
+        "forward/flash": 3.0,
+        "backward/forward": 2.0,
+        "both/forward": 3.0,
+    }
+
+
+def test_targets_are_those_of_the_instruction_set() -> None:
+    def most(isa: str, impl: str, dim: int) -> list[float | None]:
+        rows = [case for case in cpu.timed([impl], isa) if case.section == "forward"]
+        (row,) = (case for case in rows if case.dim == dim and case.ridge == 1.0)
+        return [t.most for t in row.targets if t.quantity == "forward/SDPA"]
+
+    assert most("avx512", "native", 128) == [4.5]
+    assert most("avx2", "native", 128) == [8.4]
+    assert most("neon", "native", 128) == [8.4]
+    assert most("avx512", "eager", 16) == [7.0]
+    assert most("avx512", "eager", 32) == []
+    names = [case.name + case.section for case in cpu.timed(["native"], "avx512")]
+    assert len(set(names)) == len(names)
+    names = [case.name + case.section for case in gpu.timed()]
+    assert len(set(names)) == len(names)
+
+
+def test_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "ROUNDS", 3)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(threads, "_idle", lambda call: 2.0)
+    before = torch.get_num_threads()
+    found = threads.scaling(SMALL, {0.0: 1e9})
+    assert torch.get_num_threads() == before
+    assert isinstance(found, dict)
+    one, two = found["milliseconds"]["one"], found["milliseconds"]["two"]
+    assert found["gain"] == one / two
+    assert found["targets"] == []  # of the eager form nothing is asked
+    assert isinstance(threads.scaling(replace(SMALL, impl="triton"), {}), str)
+    monkeypatch.setattr(threads, "_idle", lambda call: 1.0)
+    assert threads.scaling(SMALL, {}) == "the machine was not idle"
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str]:
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    main = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))["main"]
+    code = main(["--dry-run", "--fuzz", "3", "--out", str(path)])
+    text = path.read_text()
+    return code, json.loads(text), text
+
+
+def test_the_script_for_gpus_runs_on_a_processor(dry: Any) -> None:
+    code, found, text = dry
+    assert code == 0
+    assert found["complete"]
+    assert found["wrong"] == []
+    assert found["left_out"] == []
+    assert [found["calls"] for found in found["fuzz"]] == [3, 0]
+    assert "NaN" not in text
+    sections = {row["section"] for row in found["rows"]}
+    assert {"forward", "gradients", "decode", "relatives", "variants", "memory"} <= sections
+    assert not any(row["milliseconds"] for row in found["rows"])  # it claims no times
+    assert not any(row["targets"] for row in found["rows"])
+
+
+def test_a_wrong_result_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))
+    one = next(gpu.checked(length=32))
+    monkeypatch.setattr(gpu, "timed", lambda: iter(()))
+    monkeypatch.setattr(gpu, "checked", lambda length: iter([one]))
+    monkeypatch.setattr(judge, "ROOM", 0.0)
+    assert script["main"](["--dry-run"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_what_the_minutes_do_not_suffice_for_is_listed(capsys: Any) -> None:
+    main = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))["main"]
+    assert main(["--dry-run", "--minutes", "0"]) == 0
+    assert "no time was left" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("cpu") / "cpu.json"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu, "LENGTH", 96)
+        patched.setattr(turns, "ENOUGH", 0.0)
+        patched.setattr(clock, "ENOUGH", 0.0)
+        patched.setattr(memory, "settle", lambda: None)  # in a large process it takes long
+        main = runpy.run_path(str(ROOT / "benchmarks/cpu.py"))["main"]
+        code = main(["--quick", "--only", "eager", "--out", str(path)])
+    return code, json.loads(path.read_text())
+
+
+def test_the_script_for_processors(processor: Any) -> None:
+    code, found = processor
+    assert code == 0
+    assert found["complete"]
+    assert all(row["right"] for row in [*found["checks"], *found["rows"]])
+    assert all(row["milliseconds"]["forward"] > 0 for row in found["rows"])
+    if regard.native.instruction_sets():
+        assert set(found["fma_peak_gflops"]) == {"before", "after"}
+        shares = [row["numbers"]["of peak"] for row in found["rows"]]
+        assert all(0 < share < 1 for share in shares)
+
+
+def test_pages_say_what_the_results_say(processor: Any) -> None:
+    _, found = processor
+    table = pages.table(found, "forward")
+    assert table.count("\n") == 2 + sum(row["section"] == "forward" for row in found["rows"])
+    assert "| / SDPA |" in table
+    assert "Not measured." in pages.table(found, "variants")
+    assert "short calls are right" in pages.about(found)
+    assert "### Forward\n" in pages.sections(found)
+    row = found["rows"][0]
+    row["targets"] = [
+        {"quantity": "forward/SDPA", "most": 1.0, "least": None, "level": "must", "value": 5.0,
+         "met": False}
+    ]  # fmt: skip
+    assert f"- {row['name']}: forward/SDPA 5.00, wanted ≤ 1" in pages.missed(found)
+    assert "**missed:** forward/SDPA ≤ 1" in pages.table(found, "forward")
+
+
+def test_pictures_are_drawn_from_the_rows(processor: Any) -> None:
+    _, found = processor
+    base = next(row for row in found["rows"] if row["dim"] == 64 and row["section"] == "forward")
+    rows = [
+        {**base, "section": "lengths", "length": 512, "milliseconds": {"forward": 1.0}},
+        {**base, "section": "tolerance", "options": {"tol": 1e-2}},
+        {**base, "section": "tolerance", "options": {"tol": 1e-3}},
+    ]
+    drawn = pages.pictures({**found, "rows": [*found["rows"], *rows]})
+    assert {"lengths", "tolerance"} <= set(drawn) <= set(pages.CAPTIONS)
+    assert all(b"</svg>" in content for content in drawn.values())
+    assert pages.pictures({**found, "rows": []}) == {}
+
+
+def test_text_of_a_result() -> None:
+    row = Row(SMALL, "blockwise", [judge.Verdict("output", 1e-3, 1e-4)], {"forward": 0.5})
+    fuzz = {"mechanism": "local_linear", "impl": "eager", "calls": 5, "seed": 1, "failures": ["x"]}
+    result = Result("cpu", facts("cpu"), rows=[row], fuzz=[{**fuzz, "refused": {"why": 2}}])
+    text = as_text(result, ("SDPA",))
+    assert f"WRONG: {SMALL.name}: error of output 1.0e-03, allowed 1.0e-04" in text
+    assert " 500 " in text
+    assert "3 random calls of local linear, eager, seed 1: 1 wrong; 2 more were refused" in text
