@@ -2,7 +2,7 @@
 
 - `call.py`: what was asked (`Call`, checked here) and what is to be computed (`Problem`)
 - `reference.py`: the equations
-- `native.py`: plain C on CPUs, the tiles of local linear attention
+- `native.py`, `triton.py`: the kernels of local linear attention on CPUs and GPUs, by `engine.py`
 - `sdpa.py`: torch's fused kernels, where they are exact and safe; `fused.py`: their operator
 - `blockwise.py`: our own blocks of queries, with every option and any number of derivatives
 - `forms.py`: which of them serves a call
