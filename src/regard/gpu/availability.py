@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,10 +38,16 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
 @_constant
 def missing() -> str | None:
     """Why there is no Triton here to use, or None."""
-    if importlib.util.find_spec("triton") is None:
+    return _missing(importlib.util.find_spec, importlib.metadata.version)
+
+
+@cache
+def _missing(find: Callable[[str], Any], version_of: Callable[[str], str]) -> str | None:
+    """Looks once: reading the metadata of a distribution takes longer than many a kernel."""
+    if find("triton") is None:
         return f"triton is not installed ({INSTALL})"
     try:
-        version = importlib.metadata.version("triton")
+        version = version_of("triton")
     except importlib.metadata.PackageNotFoundError:
         return None  # under another name of distribution: torch's nightly builds, AMD's
     parts = version.split(".")[:2]

@@ -27,8 +27,8 @@ from regard.ops.local_linear.triton.walk import (
     tile_of,
 )
 
-# The `top` of a row that takes no part: all its weights are 0.
-DEAD = tl.constexpr(1e30)
+# The `top` of a row that takes no part: above any score, so that all its weights are 0.
+DEAD = tl.constexpr(3e38)
 
 
 @triton.jit

@@ -144,12 +144,12 @@ def _shift_of_lse(x, scale, centre, D: tl.constexpr, DP: tl.constexpr):
     return scale * tl.sum(x * tl.load(centre + channels)[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together", "pairs"])
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "skip", "together", "pairs"])
 def mean_kernel(
     q, keys, values, centre, sigma, scale, bias, high, low, first, row_bias, out, mean,
     start_out, top_out, total_out, lse_out, overflow, failed,
     qb, qh, qt, scale_b, scale_h, row_bias_b, row_bias_h, row_bias_t,
-    T, S, length, left, right, tiles, together, pairs,
+    T, S, length, left, right, tiles, skip, together, pairs,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, AVERAGE: tl.constexpr, COLLECT: tl.constexpr,
@@ -166,6 +166,7 @@ def mean_kernel(
     LIFT: tl.constexpr = 6.0 if HALF else 0.0
     WIDTH: tl.constexpr = DVP if AVERAGE else DP
     tile, pair = place(tl.program_id(0), tiles, pairs, together)
+    tile += skip
     b = pair // H
     h = pair % H
     key_head = b * HK + h // (H // HK)
@@ -260,12 +261,12 @@ def _output_step(
     return tl.dot(w.to(OPERAND), v, sums, input_precision=PRECISION), signed
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together", "pairs"])
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "skip", "together", "pairs"])
 def output_kernel(
     q, keys, values, sigma, scale, bias, high, low, first,
     slope, mean, top_in, total_in, out, failed,
     qb, qh, qt, scale_b, scale_h,
-    T, S, length, left, right, tiles, together, pairs,
+    T, S, length, left, right, tiles, skip, together, pairs,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, INTERCEPT: tl.constexpr,
@@ -276,6 +277,7 @@ def output_kernel(
     """The outputs, with g solved; rows that come out as no number are marked as failed."""
     LIFT: tl.constexpr = 6.0 if HALF else 0.0
     tile, pair = place(tl.program_id(0), tiles, pairs, together)
+    tile += skip
     b = pair // H
     h = pair % H
     key_head = b * HK + h // (H // HK)

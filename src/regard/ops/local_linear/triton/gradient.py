@@ -139,7 +139,7 @@ class _Backward:
             row_bias_t=0, HAS_ROW_BIAS=False, out=self.empty, mean=self.mean, top_out=self.top,
             total_out=self.total, lse_out=torch.empty_like(self.lse),
             failed=torch.empty_like(self.lse, dtype=torch.int8), AVERAGE=False,
-            start_out=None, COLLECT=inputs.intercept, START=False, HIGH=self.high,
+            start_out=None, skip=0, COLLECT=inputs.intercept, START=False, HIGH=self.high,
         )
 
     def _like_slope(self, needed: bool) -> Tensor:

@@ -67,13 +67,39 @@ class Launcher:
         operands = self.prepared.bias is not None or self.prepared.decay is not None
         return narrower(found) if operands else found
 
-    def start(self, kernel: Any, config: Config, together: int = TOGETHER, **extra: Any) -> None:
-        """Launches a kernel over all tiles of all heads."""
+    def parts(self, config: Config, high: bool) -> tuple[tuple[bool, tuple[int, int]], ...]:
+        """Which tiles [first, last) are computed with 22 bits, and which with 11.
+
+        A row that sees few keys fits them closely, and its rounding does not average out; there
+        are few such rows, with little to do.
+        """
+        tiles = triton.cdiv(self.sizes[2], config.rows)
+        if high or not self.prepared.half:
+            return ((high, (0, tiles)),)
+        few = min(triton.cdiv(rows_of_few_keys(self.inputs), config.rows), tiles)
+        return (True, (0, few)), (False, (few, tiles))
+
+    def start(
+        self,
+        kernel: Any,
+        config: Config,
+        part: tuple[int, int] | None = None,
+        /,
+        together: int = TOGETHER,
+        **extra: Any,
+    ) -> None:
+        """Launches a kernel over all tiles of all heads, or over tiles [first, last) of each."""
         B, H, T, _ = self.sizes
-        tiles = triton.cdiv(T, config.rows)
+        first, last = (0, triton.cdiv(T, config.rows)) if part is None else part
+        tiles = last - first
+        if tiles <= 0:
+            return
+        if part is not None:
+            extra["skip"] = first
         arguments = dict(extra)
         for name in ("keys", "values"):
-            if config.descriptor and (name == "keys" or name in extra):
+            read = name == "keys" or (name in extra and extra.get("AVERAGE", True))
+            if config.descriptor and read:
                 matrix = getattr(self.prepared, name).flatten(0, 1)
                 block = [config.keys, matrix.shape[1]]
                 arguments[name] = TensorDescriptor.from_tensor(matrix, block)
@@ -85,6 +111,15 @@ class Launcher:
             kernel, tiles * B * H, arguments, self.shared, config.warps, config.stages,
             config.registers,
         )  # fmt: skip
+
+
+def rows_of_few_keys(inputs: Inputs) -> int:
+    """How many of the first queries see, by position, at most twice as many keys as channels."""
+    T, S, few = inputs.q.shape[2], inputs.k.shape[2], 2 * inputs.q.shape[3]
+    left, right = inputs.visibility.reach
+    if few >= S or (left >= 0 and right >= 0 and left + right < few):
+        return T
+    return min(max(few - (S - T) - right, 0), T) if right >= 0 else 0
 
 
 def step(x: Tensor, axis: int) -> int:
@@ -190,7 +225,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
     elif inputs.average:
         launcher.start(
             mean_kernel, launcher.config("average"), **values, **weights, mean=None,
-            start_out=None, AVERAGE=True, COLLECT=True, START=False, HIGH=False,
+            start_out=None, skip=0, AVERAGE=True, COLLECT=True, START=False, HIGH=False,
         )
     else:
         if direct.serves(inputs, options) is None:
@@ -202,11 +237,13 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
             r = torch.empty_like(rows.slope)
             plain = inputs.key_bias is None and inputs.decay is None
             from_query = START and plain and inputs.intercept and not high
-            launcher.start(
-                mean_kernel, launcher.config("start" if from_query else "mean"), **values,
-                **weights, mean=rows.mean, start_out=r, AVERAGE=False, COLLECT=inputs.intercept,
-                START=from_query, HIGH=high,
-            )
+            config = launcher.config("start" if from_query else "mean")
+            for precisely, part in launcher.parts(config, high):
+                launcher.start(
+                    mean_kernel, config, part, **values, **weights, mean=rows.mean,
+                    start_out=r, AVERAGE=False, COLLECT=inputs.intercept, START=from_query,
+                    HIGH=precisely,
+                )
             if not inputs.intercept:
                 rows.mean.zero_()
             solve(
@@ -214,11 +251,13 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
                 rows.total, rows.lse, None, rows.slope, r, rows.iterations, rows.residual,
                 rows.failed, from_query=from_query,
             )
-        launcher.start(
-            output_kernel, launcher.config("output"), **values, slope=rows.slope,
-            mean=rows.mean, top_in=rows.top, total_in=rows.total, failed=rows.failed,
-            INTERCEPT=inputs.intercept, HIGH=high,
-        )
+        config = launcher.config("output")
+        for precisely, part in launcher.parts(config, high):
+            launcher.start(
+                output_kernel, config, part, **values, slope=rows.slope, mean=rows.mean,
+                top_in=rows.top, total_in=rows.total, failed=rows.failed,
+                INTERCEPT=inputs.intercept, HIGH=precisely,
+            )
     if solved or prepared.half:
         rescue(launcher, options, rows, solved)
     return rows.results()
