@@ -1,4 +1,17 @@
-"""Local linear attention: a local affine fit around every query, instead of a local average."""
+"""Local linear attention: a local affine fit around every query, instead of a local average.
+
+The files beside it, which are also the engine of Parallax (g given) and of softmax (g = 0):
+
+- `reference.py`: the equations; `card.py`: what the rest of the library knows about them
+- `call.py`, `forms.py`: one call, its checks, its cache, and which form serves it
+- `registered.py`: what every compiled form is to torch; a new form registers there
+- `blockwise.py`, `backward.py`, `probe.py`: the eager form, forward and backward, on `layout.py`
+  and `tiles.py` (blocks of queries against tiles of keys) and `gemm.py` (their products)
+- `solve.py`, `cg.py`, `covariance.py`, `diagonal.py`: its solvers
+- `native/`: the form in plain C, for CPUs; `triton/`: the form in Triton, for GPUs
+- `kernel.py`: the Gaussian kernel; `analysis.py`: weights and slopes to look at; `flash.py`: the
+  authors' signature
+"""
 
 from __future__ import annotations
 
@@ -118,8 +131,10 @@ def local_linear_attention(
             all others exceed.
         impl: "native" (plain C on CPUs, not for float64 inputs; refuses block_size), "eager"
             (blockwise, everything), or "reference" (dense, differentiable twice; refuses solver,
-            tol, tol_backward, max_iters, block_size and precision, which it does not have).
-            "auto" takes the first of the first two that can serve.
+            tol, tol_backward, max_iters, block_size and precision, which it does not have), or
+            "triton" (a GPU, heads of up to 128 channels, no float64 and no block_size). "auto"
+            takes native where it can serve, else eager; triton once it was verified on such a
+            device (`regard.gpu`), which is none so far.
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state and

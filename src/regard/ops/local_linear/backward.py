@@ -132,6 +132,7 @@ def _again(
 
 
 def no_sums(inputs: Inputs, wanted: Wanted) -> Sums:
+    """Zeros to add to; an empty tensor where nothing is wanted."""
     q, k, v, dtype = inputs.q, inputs.k, inputs.v, inputs.dtype
     rows, columns = q.shape[:3], (*q.shape[:2], k.shape[2])
 

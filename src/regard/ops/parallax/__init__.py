@@ -65,8 +65,10 @@ def parallax_attention(
         block_size: queries per tile; changes results by rounding only.
         state, return_state: continue from (whichever op it comes from), and return, a
             `KVCache`; operands of the call describe its new keys only. r is not kept.
-        impl: "eager" (blockwise, the default) or "reference" (dense, differentiable twice;
-            refuses block_size, which it does not have).
+        impl: "native" (plain C on CPUs, not for float64 inputs; refuses block_size), "eager"
+            (blockwise, everything), "reference" (dense, differentiable twice; refuses
+            block_size), or "triton" (a GPU, heads of up to 128 channels, no float64 and no
+            block_size). "auto" takes native where it can serve, else eager.
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state

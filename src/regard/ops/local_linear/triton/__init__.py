@@ -1,6 +1,17 @@
 """The Triton form of the engine: which calls it serves, and its registered operators.
 
 Importing this needs no Triton and no GPU: kernels are loaded by the first call that runs one.
+The files:
+
+- `launch.py`: the forward, from operands to kernels and back; `gradient.py`: the backward
+- `prepare.py`: what kernels read instead of keys and values; `table.py`: with which tiles they
+  run; `start.py`: how they are started
+- `walk.py`, `tile.py`: what kernels share: where a program stands, what a tile's scores are
+- `forward.py`, `conjugate.py`: mean key and output, and the solve between; `given.py`: both in one
+  where g is given; `direct.py`, `direct_kernels.py`: small heads solved directly
+- `rescue.py`: rows that failed, in float64
+- `cotangent.py`, `of_queries.py`, `of_keys.py`: the three passes of the backward
+- `decode.py`, `decode_kernels.py`, `average_kernels.py`: a few queries against a long cache
 """
 
 from __future__ import annotations

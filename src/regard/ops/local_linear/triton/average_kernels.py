@@ -35,6 +35,7 @@ def gather_average(
     SPLIT_G: tl.constexpr, PRECISION: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One part of the keys for a tile of rows: weighted sums of v, and of (g . k) v."""
     program = tl.program_id(0)
     tile_of_rows = program % TILES
     split = (program // TILES) % SPLITS

@@ -103,6 +103,7 @@ def gather(
     HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, STAGES: tl.constexpr,
     RANKS: tl.constexpr,
 ):  # fmt: skip
+    """One part of the keys for one row: weighted sums of keys, values, and their products."""
     program = tl.program_id(0)
     part = program % PARTS
     rows = GROUP * T
@@ -294,6 +295,7 @@ def solve(
     HALF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr,
     HAS_ROW_BIAS: tl.constexpr,
 ):  # fmt: skip
+    """What the parts of a row came to: conjugate gradients on its D x D matrix, and the output."""
     row = tl.program_id(0)
     batch, head, query = row_of(row, H, T, GROUP)
     low, high = reach_of(query, T, S, LEFT, RIGHT)

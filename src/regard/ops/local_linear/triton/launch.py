@@ -146,6 +146,7 @@ def capturing() -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
+    """x with its channels side by side, as kernels read them; a copy where they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
