@@ -133,8 +133,8 @@ def local_linear_attention(
             (blockwise, everything), or "reference" (dense, differentiable twice; refuses solver,
             tol, tol_backward, max_iters, block_size and precision, which it does not have), or
             "triton" (a GPU, heads of up to 128 channels, no float64 and no block_size). "auto"
-            takes native where it can serve, else eager; triton once it was verified on such a
-            device (`regard.gpu`), which is none so far.
+            takes triton on devices where it was verified (`regard.gpu.VERIFIED`: an H100),
+            native on CPUs, else eager.
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state and

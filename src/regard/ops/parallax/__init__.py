@@ -68,7 +68,8 @@ def parallax_attention(
         impl: "native" (plain C on CPUs, not for float64 inputs; refuses block_size), "eager"
             (blockwise, everything), "reference" (dense, differentiable twice; refuses
             block_size), or "triton" (a GPU, heads of up to 128 channels, no float64 and no
-            block_size). "auto" takes native where it can serve, else eager.
+            block_size). "auto" takes triton on devices where it was verified
+            (`regard.gpu.VERIFIED`: an H100), native on CPUs, else eager.
 
     Returns:
         Output [B, H, T, Dv] in q's dtype; rows that see no key are 0. With return_state

@@ -90,8 +90,9 @@ def softmax_attention(
             are faster than torch's fused kernel or it cannot serve (key biases, decays), else
             that kernel; neither has softcap, sinks, a dense bias or aux. "eager" is our blocks
             (everything, any number of derivatives), "reference" the plain equations with a
-            T x S matrix, "auto" the first of the first two that can serve. "triton" (a GPU,
-            heads of up to 128 channels, what native serves) is for who asks.
+            T x S matrix. "triton" (a GPU, heads of up to 128 channels) serves what native does.
+            "auto" takes torch's kernel where it can serve; triton for biases and decays on
+            devices where it was verified (`regard.gpu.VERIFIED`: an H100); else eager.
 
     Returns:
         out [B, H, T, Dv] in q's dtype; or (out, state), (out, aux), (out, state, aux).

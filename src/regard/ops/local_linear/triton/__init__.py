@@ -5,7 +5,7 @@ The files:
 
 - `launch.py`: the forward, from operands to kernels and back; `gradient.py`: the backward
 - `prepare.py`: what kernels read instead of keys and values; `table.py`: with which tiles they
-  run; `start.py`: how they are started
+  run; `regard.gpu.start`: how they are started
 - `walk.py`, `tile.py`: what kernels share: where a program stands, what a tile's scores are
 - `forward.py`, `conjugate.py`: mean key and output, and the solve between; `given.py`: both in one
   where g is given; `direct.py`, `direct_kernels.py`: small heads solved directly

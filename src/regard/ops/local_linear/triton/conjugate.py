@@ -22,8 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regard.gpu.inside import head_of
 from regard.ops.local_linear.triton.forward import LOG2E, scores_of, two_products
-from regard.ops.local_linear.triton.tile import head_of
 from regard.ops.local_linear.triton.walk import (
     beyond,
     key_range,

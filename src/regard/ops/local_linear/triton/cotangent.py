@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regard.gpu.inside import head_of, power_of_two
 from regard.ops.local_linear.triton.forward import LOG2E, tile_scores
-from regard.ops.local_linear.triton.tile import head_of, power_of_two, split
+from regard.ops.local_linear.triton.tile import split
 from regard.ops.local_linear.triton.walk import (
     key_range,
     operand_rows,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.ops.local_linear.triton.tile import power_of_two
+from regard.gpu.inside import power_of_two
 
 LIFT = tl.constexpr(4.0)
 LOWEST = tl.constexpr(-1.0e30)  # a score below all others whose difference to itself is a number

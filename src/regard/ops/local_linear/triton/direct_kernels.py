@@ -16,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regard.gpu.inside import head_of
 from regard.ops.local_linear.triton.forward import LN2, LOG2E, _online, tile_scores
-from regard.ops.local_linear.triton.tile import head_of, split
+from regard.ops.local_linear.triton.tile import split
 from regard.ops.local_linear.triton.walk import (
     key_range,
     operand_rows,

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.ops.local_linear.triton.tile import head_of, scores, split, visible
+from regard.gpu.inside import head_of
+from regard.ops.local_linear.triton.tile import scores, split, visible
 from regard.ops.local_linear.triton.walk import (
     beyond,
     key_range,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regard.gpu.inside import head_of
 from regard.ops.local_linear.triton.forward import (
     LN2,
     LOG2E,
@@ -21,7 +22,6 @@ from regard.ops.local_linear.triton.forward import (
     stacked,
     two_products,
 )
-from regard.ops.local_linear.triton.tile import head_of
 from regard.ops.local_linear.triton.walk import (
     beyond,
     key_range,

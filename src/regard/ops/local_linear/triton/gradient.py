@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from regard.gpu.start import Shared, start
 from regard.ops.local_linear.backward import Sums, Wanted, finish, no_sums, rescue
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.registered import Options
@@ -25,7 +26,6 @@ from regard.ops.local_linear.triton.launch import Launcher, capturing, channels_
 from regard.ops.local_linear.triton.of_keys import keys_kernel
 from regard.ops.local_linear.triton.of_queries import queries_kernel
 from regard.ops.local_linear.triton.prepare import LARGEST, PAD, padded, prepare
-from regard.ops.local_linear.triton.start import Shared, start
 
 # The forward's g is solved for again where its tolerance is more than so many times larger.
 REFINED_FROM = 4.0

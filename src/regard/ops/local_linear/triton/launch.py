@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from regard.gpu import interpreting
 from regard.gpu.availability import precision
+from regard.gpu.start import Shared, start
 from regard.ops.local_linear import blockwise
 from regard.ops.local_linear.blockwise import empty_result
 from regard.ops.local_linear.layout import Inputs
@@ -23,11 +24,10 @@ from regard.ops.local_linear.triton.forward import mean_kernel, output_kernel
 from regard.ops.local_linear.triton.given import given_kernel
 from regard.ops.local_linear.triton.prepare import Prepared, padded, prepare
 from regard.ops.local_linear.triton.rescue import rescue_kernel
-from regard.ops.local_linear.triton.start import Shared, start
-from regard.ops.local_linear.triton.table import Config, config, narrower
+from regard.ops.local_linear.triton.table import Config, config
 
 TOGETHER = 8  # heads in flight at once
-START = False  # whether the solve starts along the query, whose product with C comes for little
+START = True  # whether the solve starts along the query, whose product with C comes for little
 RESCUED_ROWS, RESCUED_KEYS = 16, 32  # of a tile in float64
 RESCUED_TILES = 8  # that a program looks at
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
@@ -63,9 +63,10 @@ class Launcher:
         self.shared = Shared.of(self.common)
 
     def config(self, kernel: str) -> Config:
-        found = config(kernel, self.width, self.prepared.half, interpreting())
-        operands = self.prepared.bias is not None or self.prepared.decay is not None
-        return narrower(found) if operands else found
+        scored = self.prepared.bias is not None or self.prepared.decay is not None
+        B, H, T, _ = self.sizes
+        tiles = B * H * triton.cdiv(T, 64)
+        return config(kernel, self.width, self.prepared.half, interpreting(), scored, tiles)
 
     def parts(self, config: Config, high: bool) -> tuple[tuple[bool, tuple[int, int]], ...]:
         """Which tiles [first, last) are computed with 22 bits, and which with 11.

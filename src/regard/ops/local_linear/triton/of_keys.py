@@ -15,10 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regard.gpu.inside import head_of, power_of_two
 from regard.ops.local_linear.triton.forward import LN2, LOG2E
 from regard.ops.local_linear.triton.tile import (
-    head_of,
-    power_of_two,
     queries_seeing,
     visible,
 )

@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from regard.gpu.inside import head_of
 from regard.ops.local_linear.triton.conjugate import EPSILON, NOISE
 from regard.ops.local_linear.triton.cotangent import DEAD
 from regard.ops.local_linear.triton.forward import LOG2E, tile_scores
-from regard.ops.local_linear.triton.tile import head_of
 from regard.ops.local_linear.triton.walk import (
     key_range,
     operand_rows,

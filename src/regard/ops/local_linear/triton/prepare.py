@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.gpu import interpreting
+from regard.gpu.inside import power_of_two
+from regard.gpu.start import start
 from regard.ops.local_linear.layout import Inputs
-from regard.ops.local_linear.triton.start import start
-from regard.ops.local_linear.triton.tile import power_of_two
 
 LOG2E = 1 / math.log(2.0)
 PAD = 128

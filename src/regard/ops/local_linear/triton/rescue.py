@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.ops.local_linear.triton.tile import head_of, visible
+from regard.gpu.inside import head_of
+from regard.ops.local_linear.triton.tile import visible
 from regard.ops.local_linear.triton.walk import key_range, put_rows, raw_rows, row_decay
 
 LN2 = tl.constexpr(0.6931471805599453)

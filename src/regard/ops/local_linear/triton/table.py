@@ -32,11 +32,11 @@ _HALF = {
     },
     "conjugate": {
         16: Config(64, 64, 4, 3), 32: Config(64, 64, 4, 3),
-        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 3),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
     },
     "output": {
         16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
-        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
+        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 2, None, True),
     },
     "given": {
         16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
@@ -58,9 +58,14 @@ _HALF = {
     },
     "keys": {
         16: Config(32, 64, 4, 3, 168), 32: Config(32, 64, 4, 3, 168),
-        64: Config(32, 64, 4, 3, 168), 128: Config(32, 128, 8, 3),
+        64: Config(32, 64, 4, 3, 168), 128: Config(64, 128, 8, 2),
     },
 }
+# Where there are tiles enough to fill the device many times, more of them at once are faster.
+MANY_TILES = 2048
+_MANY = {"conjugate": {64: Config(64, 64, 4, 3, 168, True)}}
+# Scores with a bias or a decay need registers of their own.
+_SCORED = {"keys": {128: Config(32, 128, 8, 2)}}
 # float32 operands: twice the memory, and three products for each.
 _SINGLE = {
     16: Config(64, 32, 4, 2), 32: Config(64, 32, 4, 2),
@@ -87,13 +92,29 @@ _SINGLE_OF = {
 _INTERPRETED = Config(32, 32, 4, 1)
 
 
-def config(kernel: str, width: int, half: bool, interpreted: bool = False) -> Config:
-    """The configuration of a kernel for `width` channels."""
+def config(
+    kernel: str,
+    width: int,
+    half: bool,
+    interpreted: bool = False,
+    scored: bool = False,
+    tiles: int = 0,
+) -> Config:
+    """The configuration of a kernel for `width` channels.
+
+    `scored`: the scores have a bias or a decay. `tiles`: of 64 queries, in all heads.
+    """
     if interpreted:
         return _INTERPRETED
-    return _HALF[kernel][width] if half else _SINGLE_OF.get(kernel, _SINGLE)[width]
+    if not half:
+        found = _SINGLE_OF.get(kernel, _SINGLE)[width]
+        return narrower(found) if scored else found
+    if scored:
+        return _SCORED.get(kernel, {}).get(width) or narrower(_HALF[kernel][width])
+    many = _MANY.get(kernel, {}).get(width)
+    return many if many and tiles > MANY_TILES else _HALF[kernel][width]
 
 
 def narrower(config: Config) -> Config:
-    """For scores with a bias or a decay, which need registers of their own."""
+    """With fewer keys in a tile, and registers as the compiler likes."""
     return config._replace(keys=min(config.keys, 64), registers=None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from regard.ops.local_linear.triton.tile import power_of_two
+from regard.gpu.inside import power_of_two
 
 
 @triton.jit

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from regard.gpu import interpreting
-from regard.gpu.availability import compiled
+from regard.gpu.availability import compiled, interpreting
 
 
 class Shared(NamedTuple):
