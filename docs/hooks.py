@@ -3,8 +3,10 @@
 `{{ mechanisms }}`, `{{ laws }}`, `{{ exceptions }}` and `{{ budgets }}` become tables;
 `{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series,
 `{{ speed DEVICE }}` the times measured on a device, `{{ kernels DEVICE }}` those of the compiled
-forms, `{{ trained }}` what models learnt on a GPU, `{{ file README.md }}` a file of the
-repository. A mechanism without a hand-written page gets one made from its card.
+forms, `{{ trained }}` what models learnt on a GPU, `{{ parallel }}` times on several devices,
+`{{ which linear }}` a comparison,
+`{{ file README.md }}` a file of the repository. A mechanism without a hand-written page gets one
+made from its card.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def _beside(name: str) -> ModuleType:
     return module
 
 
-_readme, _performance = _beside("readme"), _beside("performance")
+_readme, _performance, _measured = map(_beside, ("readme", "performance", "measured"))
 
 TABLES = {
     "mechanisms": lambda: tables.table(link="{name}.md"),
@@ -79,7 +81,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(
         r"\{\{ speed (\w+) \}\}", lambda match: _readme.speed_table(match.group(1)), markdown
     )
-    markdown = _performance.filled(markdown)
+    markdown = _measured.filled(_performance.filled(markdown))
     return re.sub(r"\{\{ card (\w+) \}\}", lambda match: _card(match.group(1)), markdown)
 
 

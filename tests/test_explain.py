@@ -17,7 +17,8 @@ def arguments(card) -> dict[str, torch.Tensor]:
     """q, k, v and the operands that the mechanism needs beside them."""
     sizes = {"b": 1, "h": 2, "hk": 2, "t": 5, "s": 5, "d": 8, "dv": 8}
     wanted = (*ARGUMENTS, *card.operands)
-    return dict(sample(wanted, sizes, torch.Generator().manual_seed(0)).to(torch.float32).tensors)
+    call = sample(wanted, sizes, torch.Generator().manual_seed(0)).to(torch.float32)
+    return {**call.tensors, **card.cases[0].options}
 
 
 @pytest.mark.parametrize("name", list(regard.mechanisms))

@@ -140,6 +140,8 @@ def test_other_mechanisms(name, causal, T):
             )
         return
     options = dict(card.cases[0].options)
+    if "window" in options:  # a query behind the last key is further away from the others
+        T = min(T, 6)
     q, k, v = sample((2, 2, T, 4), (2, 2, 6, 4), (2, 2, 6, 4))
     found = ours(q, k, v, is_causal=causal, mechanism=name, **options)
     if not causal:
@@ -157,7 +159,8 @@ def of_queries_and_keys_alone(name):
     """Whether the mechanism can be called with q, k, v and a mask of keys, without causality."""
     card = regard.mechanisms[name]
     both_ways = any(not pattern.causal for pattern in card.patterns)
-    return both_ways and not card.operands and card.accepts("key_mask")
+    placeless = "window" not in card.cases[0].options and "padding" not in card.laws_except
+    return both_ways and placeless and not card.operands and card.accepts("key_mask")
 
 
 @pytest.mark.parametrize("name", [*filter(of_queries_and_keys_alone, regard.mechanisms)])

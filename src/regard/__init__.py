@@ -18,7 +18,7 @@ from regard.core.state import load_state
 from regard.explain import explain
 
 if TYPE_CHECKING:
-    from regard import bench, mixers, models, native, recipes, sklearn, tasks, testing
+    from regard import bench, mixers, models, native, parallel, recipes, sklearn, tasks, testing
     from regard.bench.compare import compare
     from regard.models import create_model
     from regard.torch_api import scaled_dot_product_attention
@@ -39,6 +39,7 @@ _LAZY = {
     "mixers": "regard.mixers",
     "models": "regard.models",
     "native": "regard.native",
+    "parallel": "regard.parallel",
     "recipes": "regard.recipes",
     "scaled_dot_product_attention": "regard.torch_api:scaled_dot_product_attention",
     "sklearn": "regard.sklearn",
@@ -75,6 +76,7 @@ __all__ = [
     "models",
     "native",
     "ops",
+    "parallel",
     "recipes",
     "scaled_dot_product_attention",
     "sklearn",

@@ -198,8 +198,14 @@ def test_tuning_with_a_half_life() -> None:
     _, plain = finer(wider, Tried(0.0, None, {"ridge": 1.0, "half_life": None}))
     assert {one["half_life"] for one in plain} == {None}
     _, around = finer(wider, Tried(0.0, None, {"ridge": 1.0, "half_life": 1024.0}))
-    assert sorted({one["half_life"] for one in around}) == [256.0, 512.0, 1024.0, 2048.0,
-                                                            4096.0, 16384.0]
+    assert sorted({one["half_life"] for one in around}) == [
+        256.0,
+        512.0,
+        1024.0,
+        2048.0,
+        4096.0,
+        16384.0,
+    ]
     noise, values = torch.randn(400, generator=torch.Generator().manual_seed(3)).tolist(), [0.0]
     for row in range(1, 400):  # what follows a value changes its sign every 60 rows
         values.append((0.95 if row // 60 % 2 else -0.95) * values[-1] + noise[row])

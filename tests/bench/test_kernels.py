@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import regard
-from regard.bench.kernels import cpu, flops, gpu, judge, pages, threads
+from regard.bench.kernels import cpu, family, flops, gpu, judge, measure, pages, threads
 from regard.bench.kernels.case import PACKED, Case, Target
 from regard.bench.kernels.draw import CENTRES, KINDS, draw
 from regard.bench.kernels.measure import Bench, ratios
@@ -99,12 +99,69 @@ def test_outputs_and_gradients_are_judged_by_the_reference(changes: dict[str, An
     case = replace(SMALL, bound=1e-4, **changes)
     with torch.no_grad():
         out = case.run(case.arguments())
-    (verdict,) = judge.outputs(case, out)
-    assert verdict.right
-    assert not judge.outputs(case, out * 1.001)[0].right
+    verdicts = judge.outputs(case, out)
+    early = case.rows > judge.EARLY[1]  # rows that see few keys are judged by themselves
+    assert [v.quantity for v in verdicts] == ["output", "early rows"][: 1 + early]
+    assert all(verdict.right for verdict in verdicts)
+    assert not any(verdict.right for verdict in judge.outputs(case, out * 1.001))
     out[:, -1, -1] = math.nan  # of the last row of the last head
     assert judge.outputs(case, out)[0].error == math.inf
     assert all(verdict.right for verdict in judge.gradients(case))
+
+
+@pytest.mark.parametrize("mechanism", family.MECHANISMS)
+def test_the_linear_family_is_judged_by_its_eager_form(mechanism: str) -> None:
+    case = replace(SMALL, mechanism=mechanism, bound=1e-5, gradient_bound=3e-5)
+    given = case.arguments()
+    with torch.no_grad():
+        out = case.run(given)
+        exact = case.card.reference(**case.arguments(dtype=torch.float64))
+    assert (out - exact).norm() <= 1e-5 * exact.norm()
+    assert judge.outputs(case, out)[0].right
+    assert not judge.outputs(case, out * 1.001)[0].right
+    assert all(verdict.right for verdict in judge.gradients(case))
+    # Its numbers do not depend on the dtype, nor on how many tokens follow.
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, case.arguments(dtype=torch.float64)[name].float()), name
+
+
+@pytest.mark.parametrize("mechanism", ["lightning", "gated_delta", "rat"])
+def test_a_token_of_the_linear_family_follows_a_state(mechanism: str) -> None:
+    case = replace(SMALL, mechanism=mechanism, work="decode", length=20, bound=1e-5)
+    whole = replace(case, work="forward", length=21)
+    given = case.arguments()
+    assert given["q"].shape[2] == given["k"].shape[2] == 1
+    assert given["state"].length == 20
+    with torch.no_grad():
+        out = case.run(given)
+        assert torch.allclose(out, whole.run(whole.arguments())[:, :, -1:], atol=1e-5)
+    assert all(verdict.right for verdict in judge.outputs(case, out))
+    row = Bench(rounds=2, attempts=1).row(case)
+    assert isinstance(row, Row)
+    assert set(row.seconds) == {"forward", "grad forward"}
+    assert row.numbers["us"] == 1e6 * row.seconds["forward"]
+
+
+def test_rows_of_the_linear_family() -> None:
+    rows = {
+        (c.mechanism, c.length, c.work): c for c in family.on_processor(Case, "auto", True, False)
+    }
+    long = rows["lightning", 16384, "forward"]
+    assert long.against is rows["lightning", 16384, "forward"].against is not None
+    assert long.against.length == 4096
+    asked = {(t.quantity, t.level): t for t in long.targets}
+    assert asked["SDPA/forward", "must"].least == 90
+    assert asked["SDPA/forward", "stretch"].least == 115
+    assert asked["forward/base", "must"].most == 4.4
+    assert rows["gated_delta", 1024, "gradients"].targets[0].least == pytest.approx(2 / 3 * 5.5)
+    assert not any(c.targets for c in family.on_processor(Case, "eager", False, True))
+    # Three operations of an element of the state: decay, write, read.
+    assert family.work(replace(long, length=1, heads=1, dim=2)) == 2 * 3 * 4
+    assert family.work(replace(long, mechanism="rat")) is None
+    seconds = {"forward": 0.5, "SDPA forward": 1.0}
+    row = Row(long, "native", [], seconds, numbers=ratios(seconds, ["SDPA"]))
+    assert measure.plain_numbers(row, ["SDPA"]) == {"ms": 500.0, "us": 5e5, "SDPA/forward": 2.0}
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +357,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, 
     path = tmp_path_factory.mktemp("cpu") / "cpu.json"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cpu, "LENGTH", 96)
+        patched.setattr(family, "LENGTHS", (96, 128, 160))
         patched.setattr(turns, "ENOUGH", 0.0)
         patched.setattr(clock, "ENOUGH", 0.0)
         patched.setattr(memory, "settle", lambda: None)  # in a large process it takes long
@@ -316,7 +374,9 @@ def test_the_script_for_processors(processor: Any) -> None:
     assert all(row["milliseconds"]["forward"] > 0 for row in found["rows"])
     if regard.native.instruction_sets():
         assert set(found["fma_peak_gflops"]) == {"before", "after"}
-        shares = [row["numbers"]["of peak"] for row in found["rows"]]
+        uncounted = {row["section"] for row in found["rows"] if "of peak" not in row["numbers"]}
+        assert uncounted == {"linear family", "linear family, decode"}  # RAT; one token
+        shares = [row["numbers"].get("of peak", 0.5) for row in found["rows"]]
         assert all(0 < share < 1 for share in shares)
 
 

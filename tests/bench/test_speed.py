@@ -107,8 +107,12 @@ def test_every_mechanism_gets_the_same_values() -> None:
 @pytest.mark.parametrize("name", regard.mechanisms)
 def test_a_part_of_every_reference_can_be_evaluated(name: str, causal: bool) -> None:
     contestant = Contestant.named(name, replace(TINY, causal=causal))
-    if contestant.setting.why_unfit(regard.mechanisms[name]) is None:
-        assert rows_are_independent(contestant)
+    card = regard.mechanisms[name]
+    # Without an end to align them at, queries that see by their place, or choose in blocks, stand
+    # where they stand among the others.
+    placed = name in ("hierarchical_sparse", "routed", "window") and not causal
+    if contestant.setting.why_unfit(card) is None:
+        assert rows_are_independent(contestant) == (not placed)
 
 
 def inexact(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ FLOORS = (
     ("mixers", "tasks", "parallel"),
     ("models", "adapt", "lens"),
     ("steer",),
-    ("explain", "torch_api"),
+    ("explain", "torch_api", "sparse"),
     ("",),  # the package itself, whose names the rooms above may use
     ("testing",),
     ("bench", "recipes", "sklearn"),

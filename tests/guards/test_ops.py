@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 import regard
 from guards.sources import PACKAGE
+from regard import ops
 
 OPS = sorted(regard.ops.__all__)
 # What must be found: in the whole docstring, or under the heading of that name.
@@ -70,3 +73,17 @@ def test_the_op_of_every_folder_with_a_card_is_exported() -> None:
 def test_no_op_takes_arbitrary_arguments(name: str) -> None:
     kinds = {p.kind for p in inspect.signature(getattr(regard.ops, name)).parameters.values()}
     assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+
+def test_the_lists_of_functions_agree() -> None:
+    """What editors see, what is imported when it is named, and what is public."""
+    tree = ast.parse(Path(ops.__file__).read_text())
+    typed = {
+        node.module.removeprefix("regard.ops."): tuple(alias.name for alias in node.names)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("regard.ops.")
+    }
+    assert typed == ops._FOLDERS
+    assert sorted(name for names in typed.values() for name in names) == sorted(ops.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ops.nothing  # noqa: B018

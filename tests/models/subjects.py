@@ -17,9 +17,14 @@ MIXERS = {
     "linear": MixerConfig("attention", {**ALL, "mechanism": "linear"}),
     "gated_delta": MixerConfig("attention", {**ALL, "mechanism": "gated_delta"}),
     "attention with local_linear": MixerConfig("attention", {**ALL, "mechanism": "local_linear"}),
+    "hedgehog": MixerConfig("hedgehog", {**GQA, "rope": True}),
+    "hedgehog window": MixerConfig("hedgehog", {**GQA, "rope": True, "window_length": 3}),
     "local_linear": MixerConfig("local_linear", {**GQA, "rope": 500.0, "forget_gate": True}),
     "mesa": MixerConfig("mesa", {**GQA, "short_conv": 3, "conv_bias": True, "output_gate": True}),
     "parallax": MixerConfig("parallax", {**GQA, "rope": True, "bias": True}),
+    "rat": MixerConfig("rat", {"heads": 4, "chunk_length": 3}),
+    "gated_rnn": MixerConfig("gated_rnn", {"longest": 6}),
+    "ssa": MixerConfig("ssa", {**GQA, "block": 3, "count": 2}),
 }
 
 

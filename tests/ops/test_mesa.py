@@ -18,7 +18,7 @@ from regard.core.state import FixedState
 from regard.explain import explain
 from regard.ops.delta import delta_attention
 from regard.ops.linear import linear_attention
-from regard.ops.linear.delta import unit
+from regard.ops.linear.features import unit
 from regard.ops.mesa import mesa_attention
 from regard.ops.mesa.reference import mesa_attention_reference
 from regard.tasks.piecewise import (

@@ -53,7 +53,7 @@ def _ask(card: Card, device: str, causal: bool) -> Forms:
     options: dict[str, Any] = dict(card.cases[0].options)
     for operand in card.operands:
         value = tensor(operand.shape)
-        options[operand.name] = value.long() if operand.domain == "index" else value
+        options[operand.name] = value.long() if operand.domain in ("index", "flag") else value
     if card.accepts("causal"):
         options["causal"] = causal
     qkv = {"q": tensor("b h t d"), "k": tensor("b hk s d"), "v": tensor("b hk s dv")}

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from regard.core.patterns import ALL_PATTERNS, Pattern
 
 Source = Literal["query", "key", "head", "plan"]
-Domain = Literal["free", "unit", "positive", "log_decay", "index"]
+Domain = Literal["free", "unit", "positive", "log_decay", "index", "flag"]
 AXES = ("b", "h", "hk", "t", "s", "d", "dv")
 
 

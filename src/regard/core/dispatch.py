@@ -73,6 +73,11 @@ def asking() -> Iterator[None]:
         _asking.reset(token)
 
 
+def is_asking() -> bool:
+    """Whether an op is being called only to learn which form it would run."""
+    return _asking.get()
+
+
 def choose(op: str, forms: Sequence[Form], impl: str, call: Any) -> Form:
     """The form that serves `call`, or a `ValueError` that says why none does."""
     check_choice(op, "impl", impl, IMPLS)

@@ -39,17 +39,16 @@ def start(
     warps: int = 4,
     stages: int = 1,
     registers: int | None = None,
-) -> None:
-    """Starts `programs` programs of a kernel, by the names of its arguments and of shared ones."""
+) -> Any:
+    """Starts `programs` programs of a kernel, by the names of its arguments and of shared ones.
+
+    Returns what was compiled for it; None where it is interpreted.
+    """
     grid, merged = (programs, 1, 1), {**shared.arguments, **arguments}
     if interpreting():
         kernel[grid](**merged, **compiled(warps, stages, registers))
-        return
-    names = _names.get(kernel.fn)
-    if names is None:
-        for parameter in kernel.params:  # what `_fact` goes by
-            assert parameter.is_constexpr == _constant(parameter.name), parameter.name
-        names = _names[kernel.fn] = tuple(parameter.name for parameter in kernel.params)
+        return None
+    names = argument_names(kernel)
     device = torch.cuda.current_device() if torch.cuda.is_available() else -1
     facts = tuple(map(_fact, arguments, arguments.values()))
     key = (kernel.fn, device, warps, stages, registers, shared.facts, *arguments, facts)
@@ -59,8 +58,19 @@ def start(
         found = kernel[grid](**chosen, **compiled(warps, stages, registers))
         if found is not None:  # None: nothing is started, somebody only looks
             _compiled[key] = found
-        return
+        return found
     found[grid](*[merged[name] for name in names])
+    return found
+
+
+def argument_names(kernel: Any) -> tuple[str, ...]:
+    """The names of a kernel's arguments, in its order."""
+    names = _names.get(kernel.fn)
+    if names is None:
+        for parameter in kernel.params:  # what `_fact` goes by
+            assert parameter.is_constexpr == _constant(parameter.name), parameter.name
+        names = _names[kernel.fn] = tuple(parameter.name for parameter in kernel.params)
+    return names
 
 
 def _constant(name: str) -> bool:

@@ -20,7 +20,7 @@ FILE = "model.safetensors"
 # What a published folder may hold, the first that is there.
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = (FILE, "pytorch_model.bin")
-WRAPPERS = ("state_dict", "model", "module")  # names under which trainers keep the tensors
+WRAPPERS = ("state_dict", "model", "module", "task")  # names under which trainers keep the tensors
 
 
 def read_published(op: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:

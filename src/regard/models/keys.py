@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Entry:
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Matches our name, with the layer's number as its group."""
-        return re.compile(re.escape(self.ours).replace(r"\{\}", r"(\d+)"))
+        return _pattern(self.ours)
 
 
 def renamed(*pairs: tuple[str, str]) -> tuple[Entry, ...]:
@@ -71,6 +71,8 @@ class Keys:
 
     repeated: their name -> that of the tensor which it must equal where our model has it once,
         as a tied head repeats the embedding.
+    derived: names of theirs, `{}` for a number, of what their model computes from its sizes: it
+        may be in a checkpoint and is not read.
 
     >>> keys = Keys(renamed(("layers.{}.mixer.q_proj.weight", "h.{}.attn.q.weight")))
     >>> list(keys.to_theirs({"layers.3.mixer.q_proj.weight": torch.zeros(2, 2)}))
@@ -79,6 +81,10 @@ class Keys:
 
     entries: tuple[Entry, ...]
     repeated: Mapping[str, str] | None = None
+    derived: tuple[str, ...] = ()
+
+    def _is_derived(self, name: str) -> bool:
+        return any(_pattern(known).fullmatch(name) for known in self.derived)
 
     def _entry(self, name: str) -> tuple[Entry, tuple[str, ...]]:
         for entry in self.entries:
@@ -108,7 +114,7 @@ class Keys:
             both = name in theirs and origin in theirs and name not in used
             if both and torch.equal(theirs[name], theirs[origin]):
                 used.add(name)
-        unexpected = [name for name in theirs if name not in used]
+        unexpected = [n for n in theirs if n not in used and not self._is_derived(n)]
         refuse_differences(op, missing, unexpected, wrong)
         return found
 
@@ -130,6 +136,12 @@ def refuse_differences(
     if faults:
         accepted = "that of exactly this model"
         raise reject(op, "checkpoint", accepted, words(f"one with {'; '.join(faults)}"))
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """Matches a name in which `{}` stands for a number."""
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
 
 
 def _few(names: Sequence[str]) -> str:

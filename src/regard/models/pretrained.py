@@ -117,7 +117,10 @@ def build(
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
     refuse_differences(op, missing, unexpected, wrong)
-    moved = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
+    moved = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        for name, tensor in tensors.items()
+    }
     model.load_state_dict(moved, assign=True)
     return model
 

@@ -60,6 +60,7 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+@cache
 def path() -> Path:
     """Where the library is, or would be."""
     suffix = ".dll" if os.name == "nt" else ".so"

@@ -17,6 +17,7 @@ OPTIONAL: dict[str, tuple[str, Domain]] = {
     "key_bias": ("b hk s", "free"),
     "log_decay": ("b hk s", "log_decay"),
     "beta": ("b hk s", "unit"),
+    "gate": ("b hk s d", "unit"),
     "bias": ("b h t s", "free"),
     "scale": ("h", "positive"),
     "ridge": ("h", "positive"),
@@ -212,8 +213,10 @@ def optional(
 def values(
     shape: Iterable[int], domain: Domain, sizes: Mapping[str, int], generator: torch.Generator
 ) -> Tensor:
-    """Values in a domain: float64 that float32 holds exactly, or int64 for an index."""
+    """Values in a domain: float64 that float32 holds exactly; int64 for an index or a flag."""
     shape = list(shape)
+    if domain == "flag":  # 0 or 1
+        return (torch.rand(shape, generator=generator) < 0.6).long()
     if domain == "index":
         return torch.randint(max(1, sizes["s"]), shape, generator=generator)
     normal = torch.randn(shape, generator=generator)
@@ -231,7 +234,7 @@ def junk(like: Tensor, domain: Domain, value: float) -> Tensor:
     """A tensor full of `value`, or of what is as extreme inside the domain."""
     if like.dtype == torch.bool:
         return ~like
-    if domain == "index":
+    if domain in ("index", "flag"):
         return torch.zeros_like(like)
     if domain == "unit":
         value = 1.0 if value > 0 else 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import regard
+from regard.bench.kernels import family
 from regard.bench.kernels.draw import Drawn, Kind, draw
 from regard.bench.timing.setting import DTYPES
 from regard.core.card import Card
@@ -46,9 +47,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of local linear attention or of a relative of it, q, k, v drawn as `keys` says.
+    """One call of an op, q, k, v drawn as `keys` says: of local linear attention or a relative,
+    or of the linear family.
 
-    `work`: "gradients" times forward, backward and both; "decode" has one query per head.
+    `work`: "gradients" times forward, backward and both; "decode" has one query per head (in the
+    linear family one token, after `length` of them in a state).
     `queries`: None is `length`. `bound`: the relative error that float32 outputs may have; of
     16-bit inputs it follows from what rounding them does. `gradient_bound` likewise. `against`:
     another case whose forward is timed in the same row, as "base". `published`: milliseconds that
@@ -103,7 +106,7 @@ class Case:
         words += [f"D={self.dim}", f"n={self.length}"]
         if self.mechanism == "local_linear":
             words.append(f"ridge {self.ridge:g}")
-        words.append(self.keys)
+        words += [] if self.fixed_state else [self.keys]
         if self.work != "forward":
             words.append(self.work)
         if not self.causal and self.work != "decode":
@@ -130,9 +133,20 @@ class Case:
         first = S - T + 1  # keys of the first query, aligned at the end
         return self.heads * sum(max(0, first + i) for i in range(T))
 
+    @property
+    def fixed_state(self) -> bool:
+        """Of the linear family."""
+        return self.mechanism in family.MECHANISMS
+
+    @property
+    def tokens(self) -> int:
+        """Keys that are drawn: a token that is decoded is one more than those before it."""
+        return self.length + (self.fixed_state and self.work == "decode")
+
     def drawn(self) -> Drawn:
         """q, k, v in float32."""
-        return _drawn(self.keys, self.heads, self.length, self.dim, self.rows, self.kv_heads)
+        queries = self.tokens if self.fixed_state else self.rows
+        return _drawn(self.keys, self.heads, self.tokens, self.dim, queries, self.kv_heads)
 
     def arguments(self, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Keyword arguments of the op; in float64 they are those of the reference, too."""
@@ -149,13 +163,16 @@ class Case:
             made = torch.Generator().manual_seed(11)
             probe = PROBE * torch.randn(given["q"].shape, generator=made)
             given["r"] = probe.to(device=device, dtype=dtype)
+        if self.fixed_state:
+            given |= family.operands(self, self.tokens, device, wide)
         for name in self.extra:
             given |= _EXTRA[name](self, device, wide)
-        return given
+        return family.step(self, given) if self.tokens > self.length else given
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
         """The op in the form that the case asks for."""
-        return self.card.op(**arguments, **self.options, impl=self.impl)
+        found = self.card.op(**arguments, **self.options, impl=self.impl)
+        return found[0] if arguments.get("return_state") else found
 
 
 PACKED = 4

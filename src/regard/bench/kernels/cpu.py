@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from regard.bench.kernels import family
 from regard.bench.kernels.case import Case, Target
 from regard.bench.kernels.draw import KINDS, Kind
 
@@ -71,7 +72,7 @@ def column(instruction_set: str) -> str:
 
 def timed(impls: Iterable[str], instruction_set: str, quick: bool = False) -> Iterator[Case]:
     """Every row that is timed; `quick` is a subset for a minute."""
-    at = column(instruction_set)
+    at, impls = column(instruction_set), list(impls)
     for impl in impls:
         yield from _forwards(impl, at, quick)
         yield from _gradients(impl, at, quick)
@@ -80,6 +81,8 @@ def timed(impls: Iterable[str], instruction_set: str, quick: bool = False) -> It
             yield from _others(impl)
             yield from _tolerances(impl)
         yield from _relatives(impl, quick)
+    native = "native" in impls  # what is taken by itself then
+    yield from family.on_processor(Case, "auto" if native else impls[-1], native, quick)
 
 
 def _forwards(impl: str, at: str, quick: bool) -> Iterator[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regard.bench.kernels import family
 from regard.bench.kernels.case import Case
 
 
@@ -16,7 +17,7 @@ def visible(case: Case) -> Tensor:
     return (torch.arange(T, dtype=torch.float64) + (S - T + 1)).clamp(min=0)
 
 
-def forward(case: Case, iterations: Tensor | None) -> float:
+def forward(case: Case, iterations: Tensor | None) -> float | None:
     """Multiplications and additions of a forward.
 
         softmax           4 D           a visible pair: scores, outputs
@@ -24,8 +25,11 @@ def forward(case: Case, iterations: Tensor | None) -> float:
         conjugate grad.   8 D + 4 D T   scores, mean key, probe, outputs; T steps of two products
         direct            8 D + D (D + 1)   and half of a symmetric matrix
 
-    `iterations` [B, H, T] are each query's own; all 0: the solve was direct.
+    `iterations` [B, H, T] are each query's own; all 0: the solve was direct. The linear family:
+    `family.work`. None where nobody has counted it.
     """
+    if case.fixed_state:
+        return None if case.work == "decode" else family.work(case)
     D, seen = case.dim, visible(case)
     if case.mechanism == "softmax":
         return 4.0 * D * case.pairs

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.bench.kernels import family
 from regard.bench.kernels.case import PACKED, Case
 from regard.core.budgets import relative_error
+from regard.core.state import FixedState
 
 ROOM = 1.5  # times what rounding the inputs does by itself
 ROWS = 16  # of a block of queries
 GRADIENT_ROWS = 8
+EARLY = (64, 128)  # queries that see few keys: where rounding does not average out
 SMALL = 2**24  # numbers that the reference may hold when a call is compared whole
 
 
@@ -44,15 +47,22 @@ class Verdict:
 
 
 def outputs(case: Case, out: Tensor, device: str = "cpu") -> list[Verdict]:
-    """The output of `case.run(case.arguments())` at some queries of the first and last head."""
-    blocks = blocks_of(case, ROWS)
-    heads = sorted({0, case.heads - 1})
-    actual = torch.cat([_rows(out[:, h : h + 1], blocks) for h in heads], 1)
-    exact, rounded = (
-        torch.cat([_reference_rows(case, given, blocks, h) for h in heads], 1)
-        for given in _wide(case, device)
-    )
-    return [_verdict("output", actual, exact, rounded, case.torch_dtype, case.bound)]
+    """The output of `case.run(case.arguments())` at some queries of the first and last head.
+
+    Of long calls also at early ones, by themselves.
+    """
+    heads, wide = sorted({0, case.heads - 1}), _wide(case, device)
+    asked = {"output": blocks_of(case, ROWS)}
+    if case.rows > EARLY[1]:
+        asked["early rows"] = (EARLY,)
+    verdicts = []
+    for quantity, blocks in asked.items():
+        actual = torch.cat([_rows(out[:, h : h + 1], blocks) for h in heads], 1)
+        exact, rounded = (
+            torch.cat([_reference_rows(case, given, blocks, h) for h in heads], 1) for given in wide
+        )
+        verdicts.append(_verdict(quantity, actual, exact, rounded, case.torch_dtype, case.bound))
+    return verdicts
 
 
 def gradients(case: Case, device: str = "cpu") -> list[Verdict]:
@@ -177,11 +187,14 @@ def _wide(case: Case, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
     exact = case.arguments(device, torch.float64)
     if case.torch_dtype in (torch.float32, torch.float64):
         return exact, exact
-    narrow = case.arguments(device)
-    return exact, {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in narrow.items()
-    }
+    return exact, {name: _double(x) for name, x in case.arguments(device).items()}
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, FixedState):
+        wide = {name: tensor.double() for name, tensor in x.tensors.items()}
+        return FixedState(x.mechanism, x.length, wide)
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _meaning(case: Case) -> dict[str, Any]:
@@ -193,7 +206,12 @@ def _meaning(case: Case) -> dict[str, Any]:
 def _reference_rows(
     case: Case, given: Mapping[str, Any], blocks: tuple[tuple[int, int], ...], head: int
 ) -> Tensor:
-    """The reference at these queries of one head; every block is a call of its own."""
+    """The reference at these queries of one head; every block is a call of its own.
+
+    The references of the linear family go token by token: there it is the eager form.
+    """
+    if case.fixed_state:
+        return family.exact_rows(case, given, _meaning(case), blocks, head)
     group = case.heads // (case.kv_heads or case.heads)
     parts = []
     for start, stop in blocks:

@@ -22,6 +22,7 @@ from regard.bench.measure.clock import MOVED, Sentinel, Stopwatch
 from regard.bench.measure.interleaved import undisturbed
 
 Calls = dict[str, Callable[[], Any]]
+LONGEST = 2**15  # tokens: beyond, torch's attention takes minutes on one thread
 FLUSHED = 2**28  # bytes: more than any cache of a GPU
 _KERNELS = {
     "cpu": {"SDPA": None},
@@ -124,6 +125,11 @@ class Bench:
         if case.work == "gradients":
             row.verdicts += judge.gradients(case, self.device)
         del out
+        if self.timed and case.fixed_state and case.work == "gradients":
+            both = passes("", lambda a: case.run(a), given, True, only_both=True)["both"]
+            held, _ = memory.growth(both, self.device)
+            if held is not None:
+                row.numbers["memory of both/q"] = held / given["q"].nbytes
         iterations = self._look_inside(case, given, row)
         inputs = sum(x.nbytes for n, x in given.items() if n in "qkv")
         if grown is not None and inputs:
@@ -161,7 +167,15 @@ class Bench:
         row.seconds = {name: timing.seconds for name, timing in found.items()}
         row.runs = min(timing.runs for timing in found.values())
         row.sentinel_moved, row.noisy = change, change > MOVED
-        row.numbers |= ratios(row.seconds, [*_KERNELS[self.kind], *others.NAMES])
+        names = [*_KERNELS[self.kind], *others.NAMES]
+        row.numbers |= ratios(row.seconds, names)
+        if self.kind == "cuda":
+            ours = [name for name in ("forward", "backward", "both") if name in calls]
+            row.calls = {
+                name: self.watch.sample(calls[name], patience=1.0).seconds for name in ours
+            }
+        if case.fixed_state:
+            row.numbers |= plain_numbers(row, names)
         if "base forward" in row.seconds and case.against is not None:
             ratio = row.seconds["forward"] / row.seconds["base forward"]
             row.numbers["forward/base"] = ratio
@@ -169,8 +183,9 @@ class Bench:
         if case.published is not None:
             row.numbers["published/forward"] = case.published / (1e3 * row.seconds["forward"])
         counts = case.mechanism != "local_linear" or iterations is not None
-        if counts and case.pairs:
-            rate = flops.forward(case, iterations) / row.seconds["forward"] / 1e9
+        asked = flops.forward(case, iterations) if counts and case.pairs else None
+        if asked is not None:
+            rate = asked / row.seconds["forward"] / 1e9
             row.numbers["GFLOP/s"] = rate
             if self.peak is not None:
                 peaks.append(self.peak(case.isa))
@@ -178,16 +193,20 @@ class Bench:
 
     def _contestants(self, case: Case, given: dict[str, Any]) -> Calls:
         """What is timed, by name: ours, torch's kernels, another case of ours."""
-        calls: Calls = passes("", lambda a: case.run(a), given, case.work == "gradients")
+        alone = not case.fixed_state  # whether a backward is timed by itself
+        gradients = case.work == "gradients"
+        calls: Calls = passes("", lambda a: case.run(a), given, gradients, only_both=not alone)
+        if case.fixed_state and case.work == "decode":
+            return {**calls, **_decoding(case, given)}
         plain = {name: given[name] for name in "qkv"}
         causal = case.causal and case.rows > 1
         same = case.rows == case.length or not causal
         for name, kernel in _KERNELS[self.kind].items():
-            if not same or case.extra:
+            if not same or case.extra or (self.kind == "cpu" and case.length > LONGEST):
                 continue
             sdpa = _sdpa(kernel, causal, case.kv_heads not in (None, case.heads))
             try:
-                theirs = passes(f"{name} ", sdpa, plain, case.work == "gradients")
+                theirs = passes(f"{name} ", sdpa, plain, gradients, only_both=not alone)
                 for call in theirs.values():
                     call()
             except RuntimeError:  # a kernel that does not serve this call
@@ -214,8 +233,12 @@ def passes(
     run: Callable[[Mapping[str, Any]], Tensor],
     given: dict[str, Any],
     gradients: bool,
+    only_both: bool = False,
 ) -> Calls:
-    """The forward of a call, and where asked for its backward and both."""
+    """The forward of a call, and where asked for its backward and both.
+
+    A backward alone keeps what its forward left behind; `only_both` leaves it out.
+    """
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -226,16 +249,21 @@ def passes(
         return calls
     leaves = {name: _leaf(x) for name, x in given.items()}
     wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
-    kept = run(leaves)
-    cotangent = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)).to(kept)
-
-    def backward() -> None:
-        torch.autograd.grad(kept, wanted, cotangent, retain_graph=True)
+    like = given["q"][..., :1].expand(*given["q"].shape[:-1], given["v"].shape[3])
+    cotangent = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like)
 
     def both() -> None:
         torch.autograd.grad(run(leaves), wanted, cotangent)
 
-    return {**calls, f"{prefix}backward": backward, f"{prefix}both": both}
+    calls[f"{prefix}both"] = both
+    if only_both:
+        return calls
+    kept = run(leaves)
+
+    def backward() -> None:
+        torch.autograd.grad(kept, wanted, cotangent, retain_graph=True)
+
+    return {**calls, f"{prefix}backward": backward}
 
 
 def ratios(seconds: Mapping[str, float], yardsticks: list[str]) -> dict[str, float]:
@@ -253,6 +281,35 @@ def ratios(seconds: Mapping[str, float], yardsticks: list[str]) -> dict[str, flo
         if work in seconds:
             found[f"{work}/forward"] = seconds[work] / seconds["forward"]
     return found
+
+
+def plain_numbers(row: Row, names: list[str]) -> dict[str, float]:
+    """Times by themselves, and how many times as fast as the others ours is."""
+    one = row.seconds["forward"]
+    found = {"ms": 1e3 * one, "us": 1e6 * one}
+    if "grad forward" in row.seconds:
+        found["us with grad"] = 1e6 * row.seconds["grad forward"]
+    if "both" in row.seconds:
+        found["ms of both"] = 1e3 * row.seconds["both"]
+    if row.calls:
+        found["call ms"] = 1e3 * row.calls["forward"]
+    for name in names:
+        for work in ("forward", "both"):
+            ratio = row.numbers.get(f"{work}/{name}")
+            if ratio:
+                found[f"{name}/{work}"] = 1.0 / ratio
+    return found
+
+
+def _decoding(case: Case, given: dict[str, Any]) -> Calls:
+    """One token in inference mode, and where a gradient is asked for."""
+    leaves = {name: _leaf(x) for name, x in given.items()}
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return case.run(given)
+
+    return {"forward": forward, "grad forward": lambda: case.run(leaves)}
 
 
 def _sdpa(kernel: SDPBackend | None, causal: bool, grouped: bool) -> Callable[..., Tensor]:

@@ -35,7 +35,18 @@ TITLES = {
     "variants": "Other patterns and operands, per visible pair",
     "memory": "Memory",
     "eager": "The eager form",
+    "linear family": "The linear family",
+    "linear family, gradients": "The linear family, forward and backward",
+    "linear family, memory": "The linear family, memory of a forward and backward",
+    "linear family, decode": "The linear family, one token",
 }
+
+# Numbers that are shown where some row has a target for them.
+EXTRA = (
+    "backward/forward", "forward/base", "pair/base", "memory/inputs", "memory of both/q",
+    "SDPA/forward", "SDPA/both",
+    "flash/forward", "transformers/forward", "forward/fla", "forward/read", "us", "us with grad",
+)  # fmt: skip
 
 
 def yardsticks(result: Json) -> tuple[str, ...]:
@@ -90,22 +101,25 @@ def table(result: Json, section: str) -> str:
         left = sorted({r["reason"] for r in result["left_out"] if r["section"] == section})
         return "Not measured" + (f": {'; '.join(left)}" if left else "") + ".\n"
     sticks = yardsticks(result)
-    work = "both" if section == "gradients" else "forward"
+    work = (
+        "both" if section.endswith(("gradients", "memory")) and section != "memory" else "forward"
+    )
     heads = ["call", "ms", *(f"/ {name}" for name in sticks)]
-    extra = [
-        name
-        for name in ("backward/forward", "forward/base", "pair/base", "memory/inputs")
-        if any(_wanted(row, name) for row in rows)
-    ]
+    waited = any(row.get("milliseconds_of_a_call") for row in rows)
+    forms = section.startswith("linear family")
+    heads[1:1] = ["form"] * forms
+    heads += ["of a call, ms"] * waited
+    extra = [name for name in EXTRA if any(_wanted(row, name) for row in rows)]
     shares = any("of peak" in row["numbers"] for row in rows)
     steps = any(row["iterations"] for row in rows)
     heads += [*extra, "error", *["iterations"] * steps, *["of peak"] * shares, "target"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in rows:
         numbers = row["numbers"]
-        cells = [row["name"], number(row["milliseconds"].get(work))]
+        cells = [row["name"], *[row["form"]] * forms, number(row["milliseconds"].get(work))]
         cells += [_times(numbers.get(f"{work}/{name}")) for name in sticks]
-        cells += [_times(numbers.get(name)) for name in extra]
+        cells += [number(row.get("milliseconds_of_a_call", {}).get(work))] * waited
+        cells += [_number(name, numbers.get(name)) for name in extra]
         cells.append(f"{max(v['error'] or 0.0 for v in row['verdicts']):.0e}")
         if steps:
             cells.append("-" if not row["iterations"] else f"{row['iterations'][0]:.1f}")
@@ -146,6 +160,11 @@ def sections(result: Json) -> str:
 
 def _wanted(row: Json, quantity: str) -> bool:
     return any(t["quantity"] == quantity for t in row["targets"])
+
+
+def _number(name: str, value: float | None) -> str:
+    """A ratio, or a time in the unit that its name says."""
+    return _times(value) if "/" in name else "-" if value is None else number(value)
 
 
 def _times(value: float | None) -> str:

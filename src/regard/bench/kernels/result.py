@@ -115,18 +115,21 @@ def fuzzed(found: Mapping[str, Any]) -> str:
 
 
 def line(row: Row, yardsticks: Sequence[str]) -> list[str]:
-    """A timed row as the cells of a table: name, ms, ratios, error, share of the peak, note."""
+    """A timed row as the cells of a table: name, ms, ratios, ms of a call, error, share, note."""
     work = "both" if row.case.work == "gradients" else "forward"
     cells = [row.case.name, milliseconds(row.seconds[work]) if work in row.seconds else "-"]
     for name in yardsticks:
         value = row.numbers.get(f"{work}/{name}")
         cells.append("-" if value is None else f"{number(value)}x")
+    waited = row.calls.get(work)
+    cells.append("-" if waited is None else milliseconds(waited))
     worst = max((v.error for v in row.verdicts), default=float("nan"))
     cells.append(f"{worst:.0e}")
     cells.append("-" if row.iterations is None else f"{row.iterations[0]:.1f}")
     share = row.numbers.get("of peak")
     cells.append("-" if share is None else f"{100 * share:.0f} %")
-    words = [f"{t['quantity']} {number(t['value'])} {_bound(t)}" for t in row.targets]
+    words = [row.form] if row.case.fixed_state else []
+    words += [f"{t['quantity']} {number(t['value'])} {_bound(t)}" for t in row.targets]
     if row.case.keys == "sharp" and row.residual is not None:
         words.append(f"residual at most {row.residual:.0e}")
     if row.noisy:
@@ -139,7 +142,7 @@ def line(row: Row, yardsticks: Sequence[str]) -> list[str]:
 def columns(yardsticks: Sequence[str]) -> list[str]:
     """The heads of `line`."""
     over = [f"/ {name}" for name in yardsticks]
-    return ["call", "ms", *over, "error", "iterations", "of peak", "targets"]
+    return ["call", "ms", *over, "of a call", "error", "iterations", "of peak", "targets"]
 
 
 def _bound(target: dict[str, Any]) -> str:

@@ -15,15 +15,17 @@ Met = dict[str, Any]  # quantity, value, most or least, level, met
 class Row:
     """One case, measured.
 
-    `seconds`: by contestant ("forward", "SDPA forward", ...); `numbers`: ratios and shares by
-    the names that targets use. `noisy`: the sentinel moved by more than a tenth in every attempt,
-    so the times decide nothing.
+    `seconds`: by contestant ("forward", "SDPA forward", ...), on a GPU those of the device;
+    `calls`: on a GPU, of ours as a caller waits for them, the queue empty before; `numbers`: ratios
+    and shares by the names that targets use. `noisy`: the sentinel moved by more than a tenth in
+    every attempt, so the times decide nothing.
     """
 
     case: Case
     form: str
     verdicts: list[Verdict]
     seconds: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, float] = field(default_factory=dict)
     runs: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
     iterations: tuple[float, int] | None = None  # mean over pairs, and the most
@@ -56,6 +58,7 @@ class Row:
             "right": self.right,
             "verdicts": [{**asdict(v), "right": v.right} for v in self.verdicts],
             "milliseconds": {name: 1e3 * s for name, s in self.seconds.items()},
+            "milliseconds_of_a_call": {name: 1e3 * s for name, s in self.calls.items()},
             "runs": self.runs,
             "numbers": self.numbers,
             "iterations": self.iterations,

@@ -15,6 +15,7 @@ MOST_REPEATS = 100
 ENOUGH = 0.1  # seconds: calls shorter than a fifth of this are repeated more often
 MOVED = 0.1
 SENTINEL_SIZE = {"cpu": 384, "cuda": 4096}
+CYCLES = 2e9  # of a GPU, a second: hardly any is faster, and on a slower one it waits longer
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ class Stopwatch:
             else "wall time, the least"
         )
 
-    def once(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds of one call, and what it returned."""
+    def once(self, call: Callable[[], Any], ahead: float = 0.0) -> tuple[float, Any]:
+        """Seconds of one call, and what it returned.
+
+        A GPU is first kept busy for `ahead` seconds, in which the host can issue the whole call:
+        then these are the seconds of the device alone. Otherwise they are those of a call that
+        finds the queue empty, from the first kernel on.
+        """
         if not self.cuda:
             start = self._clock()
             found = call()
@@ -53,11 +59,22 @@ class Stopwatch:
         before = torch.cuda.Event(enable_timing=True)
         after = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(int(CYCLES * ahead))
         before.record()
         found = call()
         after.record()
         after.synchronize()
         return before.elapsed_time(after) / 1000, found
+
+    def issuing(self, call: Callable[[], Any]) -> float:
+        """Seconds in which the host issues a call to a GPU, without waiting for it."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return seconds
 
     def sample(self, call: Callable[[], Any], patience: float = float("inf")) -> Timing:
         """The least (median) of at least five runs; fewer once `patience` seconds are spent."""

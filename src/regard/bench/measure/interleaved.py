@@ -12,6 +12,8 @@ SHORTEST = 1e-3  # seconds of one sample on a CPU: shorter calls are repeated wi
 ATTEMPTS = 3
 MOST_ROUNDS = 50
 ENOUGH = 0.25  # seconds of rounds after which five of them will do
+AHEAD = 1.5  # times what issuing a call took, and as much time more, is a GPU kept busy
+LEAST_AHEAD = 1e-4  # seconds
 
 Calls = Mapping[str, Callable[[], Any]]
 
@@ -25,21 +27,26 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Seconds of one call of each: the least (on a GPU the median) of at least `rounds`.
 
-    Every call must have been made once already. `before` runs ahead of every sample and is not
-    timed: on a GPU it empties the cache.
+    On a GPU these are the seconds of the device: it is kept busy until the host has issued the
+    call. Every call must have been made once already. `before` runs ahead of every sample and is
+    not timed: on a GPU it empties the cache.
 
     >>> found = interleaved({"sum": lambda: sum(range(1000))}, Stopwatch())
     >>> found["sum"].seconds > 0, found["sum"].runs >= 5
     (True, True)
     """
     inner = {name: 1 if watch.cuda else _repeats(call, watch) for name, call in calls.items()}
+    ahead = {
+        name: AHEAD * watch.issuing(call) + LEAST_AHEAD if watch.cuda else 0.0
+        for name, call in calls.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent, done = 0.0, 0
     while done < rounds or (spent < ENOUGH and done < MOST_ROUNDS):
         for name, call in calls.items():
             if before is not None:
                 before()
-            seconds, _ = watch.once(_times(call, inner[name]))
+            seconds, _ = watch.once(_times(call, inner[name]), ahead[name])
             spent += seconds
             times[name].append(seconds / inner[name])
         done += 1

@@ -7,14 +7,28 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from regard.core.checks import check_choice, check_flag, check_integer, check_number, reject
-from regard.mixers import Attention, LocalLinear, Mesa, Parallax
+from regard.mixers import (
+    Attention,
+    GatedRNN,
+    Hedgehog,
+    LocalLinear,
+    Mesa,
+    Parallax,
+    Rat,
+    SSAAttention,
+)
 
 MIXERS = {
     "attention": Attention,
+    "gated_rnn": GatedRNN,
+    "hedgehog": Hedgehog,
     "local_linear": LocalLinear,
     "mesa": Mesa,
     "parallax": Parallax,
+    "rat": Rat,
+    "ssa": SSAAttention,
 }
+MLPS = ("gated", "gelu")
 ROUND = 256  # published widths of the gated unit are multiples of it
 
 
@@ -41,10 +55,11 @@ class MixerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A causal language model: embedding, layers of mixer and gated unit, norm, head.
+    """A causal language model: embedding, layers of mixer and mlp, norm, head.
 
     mixers: layer i has mixer i modulo their number: one for all layers, two in turn, or one each.
-    mlp_dim: width of the gated unit; None: 8/3 dim, rounded up to a multiple of 256.
+    mlp: "gated", a gated unit with SiLU, or "gelu", two matrices with a GELU between them.
+    mlp_dim: its width; None: 8/3 dim, rounded up to a multiple of 256, or with "gelu" 4 dim.
     tied: the head is the embedding.
     init_std: of all matrices and convolutions at the start.
 
@@ -61,6 +76,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tied: bool = False
     init_std: float = 0.02
+    mlp: str = "gated"
 
     def __post_init__(self) -> None:
         op = "DecoderConfig"
@@ -71,6 +87,7 @@ class DecoderConfig:
         check_number(op, "norm_eps", self.norm_eps, above=0.0)
         check_number(op, "init_std", self.init_std, least=0.0)
         check_flag(op, "tied", self.tied)
+        check_choice(op, "mlp", self.mlp, MLPS)
         fits = isinstance(self.mixers, Sequence) and all(
             isinstance(mixer, MixerConfig) for mixer in self.mixers
         )
@@ -81,9 +98,10 @@ class DecoderConfig:
 
     @property
     def hidden(self) -> int:
-        """The width of the gated unit."""
-        wide = self.dim * 8 // 3 if self.mlp_dim is None else self.mlp_dim
-        return wide if self.mlp_dim is not None else -(-wide // ROUND) * ROUND
+        """The width of the gated unit, or of what stands in its place."""
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        return 4 * self.dim if self.mlp == "gelu" else -(-(self.dim * 8 // 3) // ROUND) * ROUND
 
     def mixer(self, layer: int) -> MixerConfig:
         """That of a layer."""
@@ -186,3 +204,108 @@ def parallax(
         layer["options"] = {"window": (window - 1, 0)}
     mixers = (MixerConfig("parallax", layer),)
     return DecoderConfig(mixers, vocabulary, dim, layers, mlp_dim, norm_eps, tied, init_std)
+
+
+def rat(
+    dim: int = 2048,
+    layers: int = 24,
+    heads: int = 16,
+    chunk_length: int = 16,
+    groups: int = 2,
+    mlp_dim: int | None = None,
+    vocabulary: int = 32000,
+    norm_eps: float = 1e-6,
+    tied: bool = True,
+    rope: float | bool = 10000.0,
+    init_std: float = 0.02,
+) -> DecoderConfig:
+    """RAT: attention over gated chunks in every layer (1.30 billion parameters).
+
+    groups: of queries and keys, tiled over the heads. rope: base of the rotary positions of chunks.
+    """
+    mixers = (_rat_layer(heads, chunk_length, groups, rope),)
+    return DecoderConfig(
+        mixers, vocabulary, dim, layers, mlp_dim, norm_eps, tied, init_std, mlp="gelu"
+    )
+
+
+def rat_hybrid(
+    dim: int = 2048,
+    layers: int = 24,
+    heads: int = 16,
+    chunk_length: int = 16,
+    groups: int = 2,
+    window: int = 1024,
+    step: int = 2,
+    mlp_dim: int | None = None,
+    vocabulary: int = 32000,
+    norm_eps: float = 1e-6,
+    tied: bool = True,
+    rope: float | bool = 10000.0,
+    init_std: float = 0.02,
+) -> DecoderConfig:
+    """RAT and sliding-window attention in turn (1.29 billion parameters).
+
+    Layers 0, `step`, 2 `step` ... are RAT. window: tokens that a query sees beside its own.
+    """
+    check_integer("rat_hybrid", "step", step)
+    local = _attention_layer(heads, window, rope)
+    mixers = (_rat_layer(heads, chunk_length, groups, rope), *(local,) * (step - 1))
+    return DecoderConfig(
+        mixers[:layers], vocabulary, dim, layers, mlp_dim, norm_eps, tied, init_std, mlp="gelu"
+    )
+
+
+def rat_attention(
+    dim: int = 2048,
+    layers: int = 24,
+    heads: int = 16,
+    window: int | None = None,
+    mlp_dim: int | None = None,
+    vocabulary: int = 32000,
+    norm_eps: float = 1e-6,
+    tied: bool = True,
+    rope: float | bool = 10000.0,
+    init_std: float = 0.02,
+) -> DecoderConfig:
+    """The attention model that RAT is compared with (1.27 billion parameters).
+
+    window: tokens that a query sees beside its own; None: all.
+    """
+    mixers = (_attention_layer(heads, window, rope),)
+    return DecoderConfig(
+        mixers, vocabulary, dim, layers, mlp_dim, norm_eps, tied, init_std, mlp="gelu"
+    )
+
+
+def rat_rnn(
+    dim: int = 2048,
+    layers: int = 24,
+    longest: int = 4096,
+    mlp_dim: int | None = None,
+    vocabulary: int = 32000,
+    norm_eps: float = 1e-6,
+    tied: bool = True,
+    init_std: float = 0.02,
+) -> DecoderConfig:
+    """The gated recurrent model that RAT is compared with (1.27 billion parameters).
+
+    longest: the length of training, up to which memories last at the start.
+    """
+    mixers = (MixerConfig("gated_rnn", {"longest": longest}),)
+    return DecoderConfig(
+        mixers, vocabulary, dim, layers, mlp_dim, norm_eps, tied, init_std, mlp="gelu"
+    )
+
+
+def _rat_layer(heads: int, chunk_length: int, groups: int, rope: float | bool) -> MixerConfig:
+    layer = {"heads": heads, "chunk_length": chunk_length, "groups": groups, "rope": rope}
+    return MixerConfig("rat", layer)
+
+
+def _attention_layer(heads: int, window: int | None, rope: float | bool) -> MixerConfig:
+    layer: dict[str, Any] = {"heads": heads, "rope": rope}
+    if window is not None:
+        check_integer("rat", "window", window, least=0)
+        layer["options"] = {"window": (window, 0)}
+    return MixerConfig("attention", layer)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, silu
+from torch.nn.functional import cross_entropy, gelu, linear, silu
 
 from regard.core import checks
 from regard.core.checks import Sizes, reject, words
@@ -36,8 +36,21 @@ class GatedUnit(nn.Module):
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Perceptron(nn.Module):
+    """y = W_d gelu(W_u x), with the exact GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        """The same shape."""
+        return self.down_proj(gelu(self.up_proj(x)))
+
+
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + gated unit(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -45,7 +58,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer = MIXERS[chosen.kind](config.dim, causal=True, **chosen.options)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = GatedUnit(config.dim, config.hidden)
+        self.mlp = (GatedUnit if config.mlp == "gated" else Perceptron)(config.dim, config.hidden)
 
     def forward(
         self, x: Float[Tensor, "b t c"], state: State | None, return_state: bool, **inputs: Any
@@ -64,15 +77,16 @@ class Decoder(Pretrained):
         x <- x + mixer(norm(x)),   x <- x + W_d (silu(W_g norm(x)) * W_u norm(x))   (per layer)
         logits = W norm(x)
 
-    with RMS norms. Positions are the mixers' affair.
+    with RMS norms; with `mlp="gelu"` the last term is W_d gelu(W_u norm(x)). Positions are the
+    mixers' affair.
 
     Args:
         config: a `DecoderConfig`; `regard.models.published[name].config(...)` gives published ones.
 
     Shapes: tokens [B, T], logits [B, T, vocabulary]. The state dict has `embed.weight`,
     `layers.{i}.mixer_norm.weight`, `.mixer.*` (as the mixer says), `.mlp_norm.weight`,
-    `.mlp.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`, `norm.weight` and, unless
-    tied, `head.weight`.
+    `.mlp.gate_proj.weight` (not with "gelu"), `.up_proj.weight`, `.down_proj.weight`,
+    `norm.weight` and, unless tied, `head.weight`.
 
     A masked token does not exist: it may hold any id, is seen by nobody and takes up no position;
     its own logits mean nothing. So rows may be padded on either side; on the left where a mixer

@@ -8,17 +8,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard.core.state import FixedState
-from regard.ops.delta.reference import delta_attention_reference
-from regard.ops.linear.delta import Delta, Owner, attend_by_delta
+from regard.ops.delta.forms import OWNER
+from regard.ops.delta.transformers_names import chunk_delta_rule, fused_recurrent_delta_rule
+from regard.ops.linear.delta import attend_by_delta
+from regard.ops.linear.problem import Problem
 
-__all__ = ["delta_attention"]
-
-
-def _reference(call: Delta) -> Any:
-    return delta_attention_reference(call.q, call.k, call.v, beta=call.beta, **call.common)
-
-
-_OWNER = Owner("delta_attention", "delta", _reference)
+__all__ = ["chunk_delta_rule", "delta_attention", "fused_recurrent_delta_rule"]
 
 
 def delta_attention(
@@ -66,7 +61,7 @@ def delta_attention(
         state: what an earlier call returned: its tokens come before these. key_mask and beta
             describe the new keys.
         return_state: also return the state, `{"S": [B, Hk, D, Dv]}`.
-        impl: "auto", "eager" or "reference".
+        impl: "auto", "triton", "native", "eager" or "reference".
 
     Precision: sums and states in float32 (float64 for float64 inputs).
     Cost: O((T + S) D Dv) time, plus O(S C (C + D + Dv)) in chunks of C, solved by forward
@@ -88,8 +83,8 @@ def delta_attention(
     >>> delta_attention(k, k, v, beta=beta, causal=True, scale=1.0).flatten()
     tensor([1., 2., 5.])
     """
-    call = Delta(
-        q, k, v, beta, None, causal, normalise_keys, scale, key_mask, chunk_size, state,
-        return_state,
+    problem = Problem(
+        q, k, v, causal, scale=scale, key_mask=key_mask, beta=beta, chunk=chunk_size,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    return attend_by_delta(_OWNER, call, cu_seqlens, cu_seqlens_k, impl)
+    return attend_by_delta(OWNER, problem, ("beta",), normalise_keys, state, return_state, impl)

@@ -8,20 +8,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regard.core.state import FixedState
-from regard.ops.gated_delta.reference import gated_delta_attention_reference
-from regard.ops.linear.delta import Delta, Owner, attend_by_delta
+from regard.ops.gated_delta.forms import OWNER
+from regard.ops.gated_delta.transformers_names import (
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+)
+from regard.ops.linear.delta import attend_by_delta
+from regard.ops.linear.problem import Problem
 
-__all__ = ["gated_delta_attention"]
-
-
-def _reference(call: Delta) -> Any:
-    assert call.log_decay is not None
-    return gated_delta_attention_reference(
-        call.q, call.k, call.v, beta=call.beta, log_decay=call.log_decay, **call.common
-    )
-
-
-_OWNER = Owner("gated_delta_attention", "gated_delta", _reference, gated=True)
+__all__ = ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", "gated_delta_attention"]
 
 
 def gated_delta_attention(
@@ -72,7 +67,7 @@ def gated_delta_attention(
         state: what an earlier call returned: its tokens come before these. key_mask, beta
             and log_decay describe the new keys.
         return_state: also return the state, `{"S": [B, Hk, D, Dv]}`.
-        impl: "auto", "eager" or "reference".
+        impl: "auto", "triton", "native", "eager" or "reference".
 
     Precision: sums and states in float32 (float64 for float64 inputs); sums of log_decay in
     float64, and no power of a decay is formed, so none overflows.
@@ -97,8 +92,10 @@ def gated_delta_attention(
     ...     k, k, v, beta=beta, log_decay=half, causal=True, scale=1.0).flatten()
     tensor([0.5000, 1.0000, 2.5625])
     """
-    call = Delta(
-        q, k, v, beta, log_decay, causal, normalise_keys, scale, key_mask, chunk_size, state,
-        return_state,
+    problem = Problem(
+        q, k, v, causal, scale=scale, key_mask=key_mask, log_decay=log_decay, beta=beta,
+        chunk=chunk_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    return attend_by_delta(_OWNER, call, cu_seqlens, cu_seqlens_k, impl)
+    return attend_by_delta(
+        OWNER, problem, ("beta", "log_decay"), normalise_keys, state, return_state, impl
+    )

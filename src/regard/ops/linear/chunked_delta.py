@@ -154,13 +154,14 @@ def _differentiate(
         for i, j in chunks.spans():
             run, keys = chunks.run(i, j), chunks.k[:, i:j]
             written = _written(keys, chunks.v[:, i:j], strengths[:, i:j], past, run)
-            kept.append((past, _finite(written)[0]))
+            kept.append(past)
+            dv[:, i:j] = _finite(written)[0]  # until its own gradient takes the place
             past = torch.baddbmm(through(past, run), to_end(keys, run).mT, written)
 
         future = d_state.reshape(N, F, E).clone()  # the gradient of the state after the chunk
         for i, j in chunks.spans(backwards=True):
             run, keys, strength = chunks.run(i, j), chunks.k[:, i:j], strengths[:, i:j]
-            past, written = kept.pop()
+            past, written = kept.pop(), dv[:, i:j].clone()
             overlaps, entered = _overlaps(keys, run), _entering(keys @ past, run)
             overlaps = overlaps.masked_fill_(~overlaps.isfinite(), 0.0)
             d_written, to_future = to_end(keys, run) @ future, to_end(written @ future.mT, run)

@@ -18,8 +18,14 @@ class Chunks:
         self.N, self.G, self.T, self.chunk = B * k.shape[1], H // k.shape[1], T, chunk
         self.q = q.reshape(self.N, self.G, q.shape[2], F)
         self.k, self.v = k.reshape(self.N, T, F), v.reshape(self.N, T, v.shape[3])
-        self.log_decay = None if log_decay is None else log_decay.reshape(self.N, T)
         m = min(T, chunk)
+        # One decay for all tokens, an expanded tensor: then all chunks have the same products.
+        self.constant = log_decay is not None and T > 1 and log_decay.stride(2) == 0
+        if log_decay is not None:
+            kept = log_decay[:, :, :m] if self.constant else log_decay
+            log_decay = kept.reshape(self.N, kept.shape[2])
+        self.log_decay = log_decay
+        self.runs: dict[int, Run] = {}
         self.earlier = torch.ones(m, m, dtype=torch.bool, device=q.device).tril()
 
     def spans(self, *, backwards: bool = False) -> Iterator[tuple[int, int]]:
@@ -34,7 +40,14 @@ class Chunks:
     def run(self, i: int, j: int) -> Run | None:
         if self.log_decay is None:
             return None
-        return run_decays(self.log_decay[:, i:j], self.earlier[: j - i, : j - i], self.k.dtype)
+        if not self.constant:
+            earlier = self.earlier[: j - i, : j - i]
+            return run_decays(self.log_decay[:, i:j], earlier, self.k.dtype)
+        if j - i not in self.runs:
+            earlier = self.earlier[: j - i, : j - i]
+            run = run_decays(self.log_decay[:, : j - i], earlier, self.k.dtype)
+            self.runs[j - i] = run
+        return self.runs[j - i]
 
     def scale_rows(self, rows: Tensor, run: Run | None) -> Tensor:
         """Query rows [N, G m, c] times the decay since the chunk began; a new tensor or `rows`."""

@@ -61,13 +61,13 @@ def run_decays(log_decay: Tensor, earlier: Tensor, dtype: torch.dtype) -> Run:
 
 
 def decays_to_end(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over log_decay [B, h, S]: from each key to the end [B, h, S], over all [B, h], and both
-    masks of what is not forgotten."""
+    """Over log_decay [B, h, S, c]: from each key to the end [B, h, S, c], over all [B, h, c],
+    and both masks of what is not forgotten."""
     steps, forgets = split_steps(log_decay)
 
     def after(x: Tensor) -> Tensor:  # sums over the tokens that follow
-        return pad(x[..., 1:], (0, min(1, x.shape[-1]))).flip(-1).cumsum(-1).flip(-1)
+        return pad(x[:, :, 1:], (0, 0, 0, min(1, x.shape[2]))).flip(2).cumsum(2).flip(2)
 
     leaving, seen = after(steps).to(dtype).exp(), after(forgets.long()) == 0
-    whole, kept = steps.sum(-1).to(dtype).exp(), ~forgets.any(-1)
+    whole, kept = steps.sum(2).to(dtype).exp(), ~forgets.any(2)
     return leaving, whole, seen, kept

@@ -5,8 +5,12 @@ head size, and v [B, Hk, S, E] may carry extra columns. A normaliser is a column
 its output column is the sum of weights. Masked keys are zeros with no decay. Grouped queries
 (H a multiple of Hk) are rows of a product, so nothing is repeated. The state is [B, Hk, F, E].
 
-`log_decay` [B, Hk, S], or None, is the logarithm of what a token multiplies the past by before
-it writes; minus infinity forgets exactly, in value and gradient.
+`log_decay` [B, Hk, S], or [B, Hk, S, F] for every channel of a key on its own, or None, is the
+logarithm of what a token multiplies the past by before it writes; minus infinity forgets exactly,
+in value and gradient.
+
+A mechanism with another state (Mesa's two sums) brings a `Rule` of its own to `follow`. All
+others describe a `Problem`; `by_rule` makes a solver of problems from a rule on features.
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.ops.linear.decays import decays_to_end
+from regard.ops.linear.normaliser import mean
+from regard.ops.linear.problem import Problem, Solution, Solve, each_sequence, featured
 
 # o, state = walk(q, k, v, log_decay, state), for as many queries as keys, query t at key t.
 Walk = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
@@ -30,11 +37,12 @@ def encode(
     if log_decay is None:
         new = k.mT @ v
         return new if state is None else state + new
-    leaving, whole, seen, kept = decays_to_end(log_decay, k.dtype)
-    new = torch.where(seen[..., None], k * leaving[..., None], 0.0).mT @ v
+    per_channel = log_decay if log_decay.dim() == 4 else log_decay[..., None]
+    leaving, whole, seen, kept = decays_to_end(per_channel, k.dtype)
+    new = torch.where(seen, k * leaving, 0.0).mT @ v
     if state is None:
         return new
-    return torch.where(kept[..., None, None], state * whole[..., None, None], 0.0) + new
+    return torch.where(kept[..., None], state * whole[..., None], 0.0) + new
 
 
 def read(q: Tensor, state: Tensor) -> Tensor:
@@ -101,3 +109,29 @@ def follow(
 
 def _cut(keys: tuple[Tensor | None, ...], tokens: slice) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x[:, :, tokens] for x in keys)
+
+
+def by_rule(rule_of: Callable[[Problem], Rule]) -> Solve:
+    """A solver of problems from a rule on features: the keys are k, v, (beta,) log_decay.
+
+    The sum of weights is a column of ones in v, so a rule knows nothing of the normaliser.
+    """
+
+    def solve(problem: Problem) -> Solution:
+        problem = featured(problem)
+        normalised, v, state = problem.normaliser is not None, problem.v, problem.S
+        if normalised:
+            v = pad(v, (0, 1), value=1.0)
+            if state is not None:
+                assert problem.z is not None
+                state = torch.cat([state, problem.z[..., None]], 3)
+        others = (problem.log_decay,) if problem.beta is None else (problem.beta, problem.log_decay)
+        out, state = follow(rule_of(problem), problem.q, (problem.k, v, *others), state)
+        if not normalised:
+            return Solution(out, state)
+        out = mean(out, problem.minimum, problem.epsilon)
+        if not problem.wants_state:
+            return Solution(out)
+        return Solution(out, state[..., :-1].contiguous(), state[..., -1].contiguous())
+
+    return each_sequence(solve)

@@ -6,7 +6,6 @@ applied before it and needs nothing from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +13,20 @@ from torch import Tensor
 
 from regard.core.library import define
 from regard.ops.linear.mapped import rowwise
+from regard.ops.linear.problem import IDENTITY, Feature
 
 
-def identity(x: Tensor) -> Tensor:
-    """phi(x) = x."""
-    return x
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last axis, of any size that the dtype holds; 0 stays 0.
+
+    >>> unit(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True)  # cancels, in value and gradient
+    some = largest > 0
+    x = x / torch.where(some, largest, 1.0)
+    return x / torch.where(some, x.square().sum(-1, keepdim=True), 1.0).sqrt()
 
 
 def elu(x: Tensor) -> Tensor:
@@ -64,4 +72,7 @@ _forward = define(
     vmap=rowwise(lambda x: _forward(x)),
 )
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu, "identity": identity}
+ELU = Feature("elu", elu)
+RELU = Feature("relu", torch.relu, keeps_zero=True)
+UNIT = Feature("unit", unit, keeps_zero=True)
+FEATURES = {"elu": ELU, "identity": IDENTITY}  # those that `linear_attention` offers by name

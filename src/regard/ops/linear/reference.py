@@ -35,9 +35,10 @@ def linear_attention_reference(
     queries = _phi(q.to(dtype), feature_map)
     factor = torch.as_tensor(1.0 if scale is None else scale, dtype=dtype, device=q.device)
     factor = 0.0 * factor + 1.0 if normalise else factor  # cancels against the sum of weights
-    ones = keys.new_ones(B, Hk, S)
-    decay = ones if log_decay is None else torch.where(real[..., 0], log_decay, 0.0).to(dtype).exp()
-    decay = decay.expand(B, Hk, S)
+    decay = keys.new_ones(B, Hk, S, 1)  # one for all channels of a key, or one for each
+    if log_decay is not None:
+        steps = log_decay if log_decay.dim() == 4 else log_decay[..., None]
+        decay = torch.where(real, steps, 0.0).to(dtype).exp().expand(B, Hk, S, -1)
 
     if state is None:
         matrix, total = keys.new_zeros(B, Hk, D, Dv), keys.new_zeros(B, Hk, D)
@@ -46,7 +47,7 @@ def linear_attention_reference(
         total = state["z"].to(dtype) if normalise else keys.new_zeros(B, Hk, D)
     before = [(matrix, total)]  # before[n]: the state after n new keys
     for t in range(S):
-        forget = decay[:, :, t, None]
+        forget = decay[:, :, t]
         matrix = matrix * forget[..., None] + keys[:, :, t, :, None] * values[:, :, t, None, :]
         total = total * forget + keys[:, :, t]
         before.append((matrix, total))

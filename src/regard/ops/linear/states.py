@@ -27,7 +27,11 @@ def check_fixed(
         return
     if state.mechanism != mechanism:
         raise reject(op, "state", f"a state of {op}", words(f"one of {state.mechanism}"))
-    if set(state.tensors) != set(shapes):
+    held = set(state.tensors)
+    if held ^ set(shapes) == {"z"}:
+        accepted = f"one of a call with normalise={'z' in shapes}"
+        raise reject(op, "state", accepted, words(f"one that holds {', '.join(state.tensors)}"))
+    if held != set(shapes):
         accepted, held = ", ".join(shapes), ", ".join(state.tensors)
         raise reject(op, "state", f"one that holds {accepted}", words(f"one that holds {held}"))
     for name, shape in shapes.items():

@@ -14,6 +14,7 @@ from regard.core.precision import compute_dtype, without_autocast
 from regard.core.state import FixedState
 from regard.ops.linear import engine
 from regard.ops.linear.chunked import chunked
+from regard.ops.mesa import triton
 from regard.ops.mesa.reference import mesa_attention_reference
 from regard.ops.mesa.registered import read, solve
 
@@ -67,8 +68,8 @@ def _ridge(call: Call, dtype: torch.dtype) -> Tensor:
     return (ridge if ridge.dim() == 2 else ridge.reshape(-1, 1)).expand(B, H, D)
 
 
-def _prepare(call: Call) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """k, v, beta and log_decay in the compute dtype, masked keys without effect; the state."""
+def _masked(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """k, v, beta and log_decay as they came, of all heads; masked keys have no effect."""
     dtype, heads = compute_dtype(call.q.dtype), call.k.shape[1]
     k, v, beta, log_decay = call.k, call.v, call.beta, call.log_decay
     if beta is None:
@@ -81,10 +82,14 @@ def _prepare(call: Call) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
             log_decay = log_decay.masked_fill(masked, 0.0)
     if log_decay is not None:
         log_decay = log_decay.expand(-1, heads, -1)
-    state = None
-    if call.state is not None:
-        state = torch.cat([call.state["Hkk"], call.state["Hkv"]], 3)
-    return (k.to(dtype), v.to(dtype), beta.to(dtype).expand(-1, heads, -1), log_decay), state
+    return k, v, beta.expand(-1, heads, -1), log_decay
+
+
+def _state(call: Call) -> Tensor | None:
+    """[Hkk | Hkv], if there is a state."""
+    if call.state is None:
+        return None
+    return torch.cat([call.state["Hkk"], call.state["Hkv"]], 3)
 
 
 def _rule(call: Call) -> engine.Rule:
@@ -116,15 +121,52 @@ def _rule(call: Call) -> engine.Rule:
 
 
 def _eager(call: Call) -> Any:
+    dtype, D = compute_dtype(call.q.dtype), call.k.shape[3]
     with without_autocast(call.q):
-        keys, state = _prepare(call)
-        q, D = call.q.to(compute_dtype(call.q.dtype)), call.k.shape[3]
-        out, state = engine.follow(_rule(call), q, keys, state)
-        out = out.to(call.q.dtype)
+        *keys, log_decay = _masked(call)
+        keys = *(x.to(dtype) for x in keys), log_decay
+        out, state = engine.follow(_rule(call), call.q.to(dtype), keys, _state(call))
+        return _finish(call, out, state[..., :D], state[..., D:])
+
+
+def _triton(call: Call) -> Any:
+    """The walk is one of kernels, on tensors as they came; keys before the queries are eager's."""
+    rule, dtype, D = _rule(call), compute_dtype(call.q.dtype), call.k.shape[3]
+    options = call.tol, call.tol / 10, call.max_iters or 0
+    ridge = _ridge(call, dtype)
+    if call.q.shape[2] == call.k.shape[2]:  # the usual call, the short way
+        past = (None, None) if call.state is None else (call.state["Hkk"], call.state["Hkv"])
+        with without_autocast(call.q):
+            out, _, *sums, _ = triton.mesa(call.q, *_masked(call), *past, ridge, *options)
+            return _finish(call, out, *sums)
+
+    def encode(
+        k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None
+    ) -> Tensor:
+        return rule.encode(k.to(dtype), v.to(dtype), beta.to(dtype), log_decay, state)
+
+    def answer(q: Tensor, state: Tensor) -> Tensor:
+        return rule.read(q.to(dtype), state).to(q.dtype)
+
+    def walk(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        past = state[..., :D], state[..., D:]
+        out, _, *sums, _ = triton.mesa(q, k, v, beta, log_decay, *past, ridge, *options)
+        return out, torch.cat(sums, 3)
+
+    with without_autocast(call.q):
+        kernels = engine.Rule(encode, answer, walk)
+        out, state = engine.follow(kernels, call.q, _masked(call), _state(call))
+        return _finish(call, out, state[..., :D], state[..., D:])
+
+
+def _finish(call: Call, out: Tensor, keys: Tensor, values: Tensor) -> Any:
+    out = out.to(call.q.dtype)
     if not call.return_state:
         return out
     length = call.state.length if call.state is not None else 0
-    tensors = {"Hkk": state[..., :D].contiguous(), "Hkv": state[..., D:].contiguous()}
+    tensors = {"Hkk": keys.contiguous(), "Hkv": values.contiguous()}
     return out, FixedState("mesa", length + call.k.shape[2], tensors)
 
 
@@ -153,7 +195,23 @@ def _reference_refuses(call: Call) -> str | None:
     return None
 
 
+def _triton_refuses(call: Call) -> str | None:
+    if not call.causal:
+        return _refuses(True, call)
+    if call.method != "cg":
+        return f"its kernels make conjugate gradients, not {call.method!r} (see solver, compat)"
+    if call.chunk_size not in (None, triton.CHUNK):
+        return f"its chunks have {triton.CHUNK} tokens"
+    return triton.refuse(call.q, call.v)
+
+
+def _triton_unverified(call: Call) -> str | None:
+    return _triton_refuses(call) or triton.unverified(call.q, call.v)
+
+
 FORMS = (
+    Form("triton", "triton", _triton_unverified, _triton),
+    Form("triton", "triton unverified", _triton_refuses, _triton, auto=False),
     Form("eager", "chunked", partial(_refuses, True), _eager),
     Form("eager", "encode_read", partial(_refuses, False), _eager),
     Form("reference", "reference", _reference_refuses, _reference, auto=False),

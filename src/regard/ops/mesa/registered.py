@@ -76,7 +76,8 @@ def _read(
         return x.reshape(q.shape).clone(memory_format=torch.contiguous_format)
 
 
-def _of_ridge(s: Tensor, x: Tensor, ridge: Tensor) -> Tensor:
+def of_ridge(s: Tensor, x: Tensor, ridge: Tensor) -> Tensor:
+    """The gradient of the ridge [B, Hk | H, D], from both solves."""
     B, heads, D = ridge.shape
     return -(s * x).sum(2).view(B, heads, x.shape[1] // heads, D).sum(2)
 
@@ -99,7 +100,7 @@ def _differentiate_solve(ctx: Any, dx: Tensor, d_state: Tensor) -> tuple[Any, ..
     dk = dk + beta[..., None] * d_weighted
     d_beta = (d_weighted * k).sum(-1)
     d_decay = d_decay.to(log_decay.dtype) if wanted else None
-    gradients = s, dk, d_beta, d_decay, d_past.mT, _of_ridge(s, x, ridge)
+    gradients = s, dk, d_beta, d_decay, d_past.mT, of_ridge(s, x, ridge)
     return *gradients, None, None, None, None, None
 
 
@@ -113,7 +114,7 @@ def _differentiate_read(ctx: Any, dx: Tensor) -> tuple[Any, ...]:
     s = _read_op(dx, past, ridge, ctx.method, ctx.tol, ctx.tol, ctx.limit)
     (B, H, T, D), Hk = x.shape, past.shape[1]
     d_past = -(s.reshape(B, Hk, H // Hk * T, D).mT @ x.reshape(B, Hk, H // Hk * T, D))
-    return s, d_past, _of_ridge(s, x, ridge), None, None, None, None
+    return s, d_past, of_ridge(s, x, ridge), None, None, None, None
 
 
 def _fake_solve(q, k, beta, log_decay, past, ridge, chunk, method, tol, tol_backward, limit):

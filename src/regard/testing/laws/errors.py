@@ -147,5 +147,5 @@ def _wrong_states(s: Subject, wrong: Any) -> Iterator[tuple[str, str, dict[str, 
         if s.card.accepts("cu_seqlens"):
             ends = torch.tensor([0, 3], dtype=torch.int32, device=s.device)
             one = small.rows(torch.tensor([0])).tensors
-            _, state = advance(s, small.rows(torch.tensor([0])), None)
-            yield wrong("packed with a state", "state", **one, cu_seqlens=ends, state=state)
+            # A cache is refused; a state of fixed size must have a row for each sequence.
+            yield wrong("packed with another state", "state", **one, cu_seqlens=ends, state=state)

@@ -23,7 +23,8 @@ def padding(s: Subject) -> None:
     without = ("window", "bias") if s.pattern.cross else ()
     for options in s.some_options(without):
         real = s.sample(options)
-        pad = s.sample(options, T=3, S=3, salt="pad")
+        # A dense operand of a cross pattern is joined along its keys only.
+        pad = s.sample(options, T=real.size("t") if s.pattern.cross else 3, S=3, salt="pad")
         pad = _like_axes(real, pad)
         n, T = real.size("s"), real.size("t")
         for side in ("left", "right"):
@@ -121,10 +122,11 @@ def _spoil(call: Call, names: list[str], value: float) -> Call:
     """The call with `value` in the masked keys of these tensors."""
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        if name not in names:
+        if name not in names or call.domains[name] == "flag":  # a plan is no content of a key
             return tensor
-        worse = torch.full_like(tensor, value)
-        if value == 1e30:
+        if value != 1e30 and tensor.is_floating_point():
+            worse = torch.full_like(tensor, value)
+        else:
             worse = junk(tensor, call.domains[name], value)
         return torch.where(call.spread(call["key_mask"], name), tensor, worse)
 
@@ -235,7 +237,7 @@ def _after(
 
     def change(name: str, tensor: Tensor) -> Tensor:
         own = [axis for axis in call.axes[name] if axis in axes]
-        if not own:
+        if not own or call.domains[name] == "flag":  # a plan is no value of a token
             return tensor
         size = min(abs(value), most) if "t" in own else abs(value)
         tensor = tensor.clone()

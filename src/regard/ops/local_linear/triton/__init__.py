@@ -107,6 +107,20 @@ def refuse(call: Call) -> str | None:
         return f"it solves directly up to a head size of {DIRECT_UP_TO} only"
     if "block_size" in call.given:
         return "the sizes of its tiles are fixed"
+    return refuse_gradients(call)
+
+
+def refuse_gradients(call: Any) -> str | None:
+    """Why a call (with its operands as attributes, q among them) has no gradients here, or None.
+
+    compute-sanitizer found the gradient of float32 keys, as Triton 3.6 compiles it for an H100,
+    to read outside of shared memory. The interpreter, which proves the mathematics, does not.
+    """
+    if call.q.dtype != torch.float32 or gpu.interpreting() or not torch.is_grad_enabled():
+        return None
+    operands = (x for x in vars(call).values() if isinstance(x, Tensor))
+    if any(x.requires_grad for x in operands):
+        return "its gradients are not right in float32 where Triton compiles them"
     return None
 
 

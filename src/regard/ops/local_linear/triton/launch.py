@@ -27,7 +27,8 @@ from regard.ops.local_linear.triton.rescue import rescue_kernel
 from regard.ops.local_linear.triton.table import Config, config
 
 TOGETHER = 8  # heads in flight at once
-START = True  # whether the solve starts along the query, whose product with C comes for little
+# Heads for which the solve starts along the query, whose product with C comes for little.
+START = (64,)
 RESCUED_ROWS, RESCUED_KEYS = 16, 32  # of a tile in float64
 RESCUED_TILES = 8  # that a program looks at
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
@@ -238,7 +239,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
         else:
             r = torch.empty_like(rows.slope)
             plain = inputs.key_bias is None and inputs.decay is None
-            from_query = START and plain and inputs.intercept and not high
+            from_query = launcher.width in START and plain and inputs.intercept and not high
             config = launcher.config("start" if from_query else "mean")
             for precisely, part in launcher.parts(config, high):
                 launcher.start(

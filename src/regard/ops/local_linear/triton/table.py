@@ -32,11 +32,11 @@ _HALF = {
     },
     "conjugate": {
         16: Config(64, 64, 4, 3), 32: Config(64, 64, 4, 3),
-        64: Config(64, 64, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 3),
     },
     "output": {
         16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
-        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 2, None, True),
+        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
     },
     "given": {
         16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
@@ -58,7 +58,7 @@ _HALF = {
     },
     "keys": {
         16: Config(32, 64, 4, 3, 168), 32: Config(32, 64, 4, 3, 168),
-        64: Config(32, 64, 4, 3, 168), 128: Config(64, 128, 8, 2),
+        64: Config(32, 64, 4, 3, 168), 128: Config(32, 128, 8, 3),
     },
 }
 # Where there are tiles enough to fill the device many times, more of them at once are faster.

@@ -1,0 +1,159 @@
+"""A plan of block-sparse attention as an object: checked, measured, drawn, saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core.state import write_atomically
+
+LEVELS = (0, 1, 2, 4, 8)
+_KIND = "regard block plan 1"
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which blocks of keys each block of queries attends to, and at which resolution.
+
+    levels: int8 [Bp, Hp, ceil(T / block_q), ceil(S / block_k)] in {0, 1, 2, 4, 8}.
+    T, S: the numbers of queries and keys it is made for; block_q, block_k: of a block.
+    grid: the shape of the token grid it was calibrated on, or () for a sequence.
+
+    >>> plan = BlockPlan(torch.tensor([[[[1, 0], [4, 1]]]]), 128, 128, 64, 64)
+    >>> plan.density()
+    0.5625
+    """
+
+    levels: Tensor
+    T: int
+    S: int
+    block_q: int = 128
+    block_k: int = 128
+    grid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.levels, Tensor) or self.levels.is_floating_point():
+            raise TypeError("BlockPlan: levels must be a tensor of integers")
+        for name in ("T", "S"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"BlockPlan: {name} must be an integer >= 0")
+        for name in ("block_q", "block_k"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"BlockPlan: {name} must be an integer >= 1")
+        shape = -(-self.T // self.block_q), -(-self.S // self.block_k)
+        if self.levels.dim() != 4 or tuple(self.levels.shape[2:]) != shape:
+            raise ValueError(
+                f"BlockPlan: levels must be of shape [B, H, {shape[0]}, {shape[1]}] for "
+                f"T={self.T}, S={self.S} in blocks of {self.block_q} x {self.block_k}, "
+                f"got {list(self.levels.shape)}"
+            )
+        allowed = [level for level in LEVELS if not level or self.block_k % level == 0]
+        found = self.levels.unique().tolist()
+        if not set(found) <= set(allowed):
+            raise ValueError(
+                f"BlockPlan: levels must be in {allowed} for blocks of {self.block_k} keys, got "
+                f"{sorted(set(found) - set(allowed))[:5]}"
+            )
+        object.__setattr__(self, "levels", self.levels.to(torch.int8))
+
+    def validate(self, q: Tensor, k: Tensor, grid: tuple[int, ...] | None = None) -> BlockPlan:
+        """Itself, if it fits these queries and keys (and this grid); ValueError otherwise."""
+        (B, H, T), (Hk, S) = q.shape[:3], k.shape[1:3]
+        if (T, S) != (self.T, self.S):
+            raise ValueError(
+                f"BlockPlan: made for {self.T} queries and {self.S} keys, got {T} and {S}"
+            )
+        if self.levels.shape[0] not in (1, B) or self.levels.shape[1] not in (1, Hk, H):
+            raise ValueError(
+                f"BlockPlan: made for {list(self.levels.shape[:2])} batch rows and heads, got "
+                f"[{B}, {H}] queries and [{B}, {Hk}] keys"
+            )
+        if grid is not None and tuple(grid) != self.grid:
+            raise ValueError(f"BlockPlan: made for the grid {self.grid}, got {tuple(grid)}")
+        return self
+
+    def density(self, causal: bool = False) -> float:
+        """The share of the work of dense attention, 1 / level per block.
+
+        With `causal`, of the pairs of blocks that a causal call can see.
+        """
+        levels = self.levels.float()
+        work = torch.where(levels > 0, 1.0 / levels.clamp(min=1.0), 0.0)
+        if not causal:
+            return float(work.mean()) if work.numel() else 0.0
+        last = (torch.arange(1, levels.shape[2] + 1) * self.block_q).clamp(max=self.T) - 1
+        seen = last[:, None] + self.S - self.T >= torch.arange(levels.shape[3]) * self.block_k
+        total = int(seen.sum()) * levels.shape[0] * levels.shape[1]
+        return float((work.cpu() * seen).sum()) / total if total else 0.0
+
+    def to_dense_mask(self) -> Tensor:
+        """bool [Bp, Hp, T, S]: which tokens take part, at whatever resolution."""
+        kept = (self.levels > 0).repeat_interleave(self.block_q, 2)[:, :, : self.T]
+        return kept.repeat_interleave(self.block_k, 3)[..., : self.S]
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan on another device."""
+        return BlockPlan(
+            self.levels.to(device), self.T, self.S, self.block_q, self.block_k, self.grid
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as safetensors, atomically."""
+        from safetensors.torch import save  # not with regard itself
+
+        about = {
+            "T": self.T, "S": self.S, "block_q": self.block_q, "block_k": self.block_k,
+            "grid": list(self.grid),
+        }  # fmt: skip
+        content = save({"levels": self.levels.cpu().contiguous()},
+                       {"kind": _KIND, "plan": json.dumps(about)})  # fmt: skip
+        write_atomically(Path(path), content)
+
+    @classmethod
+    def load(cls, path: str | Path, grid: tuple[int, ...] | None = None) -> BlockPlan:
+        """Reads what `save` wrote; ValueError for any other file, or for another grid."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = file.metadata() or {}
+                if about.get("kind") != _KIND:
+                    raise ValueError(f"BlockPlan.load: {path} is not a saved block plan")
+                fields: dict[str, Any] = json.loads(about["plan"])
+                levels = file.get_tensor("levels")
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"BlockPlan.load: {path} is damaged ({error})") from error
+        plan = cls(levels, **{**fields, "grid": tuple(fields["grid"])})
+        if grid is not None and plan.grid != tuple(grid):
+            raise ValueError(
+                f"BlockPlan.load: {path} was made for the grid {plan.grid}, not {tuple(grid)}"
+            )
+        return plan
+
+    def draw(self, path: str | Path | None = None, head: int = 0, batch: int = 0) -> Any:
+        """A picture of one head's levels: dark is full resolution, white is skipped.
+
+        Returns the matplotlib figure, which is also written to `path` if one is given.
+        """
+        from matplotlib.colors import BoundaryNorm, ListedColormap
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.0, 3.4), layout="constrained")
+        axes = figure.subplots()
+        colours = ListedColormap(["white", "#123a5c", "#3f78a8", "#86b3d6", "#cfe2f1"])
+        norm = BoundaryNorm([-0.5, 0.5, 1.5, 3.0, 6.0, 9.0], 5)
+        image = axes.imshow(
+            self.levels[batch, head].tolist(), cmap=colours, norm=norm, aspect="auto"
+        )
+        bar = figure.colorbar(image, ticks=[0, 1, 2.25, 4.5, 7.5])
+        bar.ax.set_yticklabels(["skipped", "full", "1/2", "1/4", "1/8"])
+        axes.set_xlabel(f"block of {self.block_k} keys")
+        axes.set_ylabel(f"block of {self.block_q} queries")
+        if path is not None:
+            figure.savefig(path)
+        return figure

@@ -1,0 +1,167 @@
+/* A decoding step: the state of every key head is read, written and left, in one pass or two.
+ *
+ * Maps of queries and keys are formed here, so that a step is one call. The new state goes to its
+ * own place: an older one stays as it was. Rows of the state are read as they lie in memory.
+ */
+#include "decode.h"
+
+#include <math.h>
+
+#include "call.h"
+#include "decays.h"
+#include "exp.h"
+#include "reduce.h"
+
+#define WIDE 4 /* vectors of columns at a time */
+
+/* phi(x), zeros up to a whole vector; returns nothing that a row of zeros would not keep. */
+static void map_row(int64_t map, const float *x, int64_t count, double scale, float *to) {
+    vector squares = {0}, largest = {0};
+    const vector zero = {0};
+    if (map == MAP_UNIT) {
+        for (int64_t c = 0; c < count; c += REGARD_WIDTH) {
+            const vector part = part_load(x + c, count - c);
+            largest = v_max(largest, v_max(part, -part));
+        }
+        const float top = v_top(largest); /* no square overflows */
+        scale = top > 0 ? scale / top : 0;
+        for (int64_t c = 0; c < count; c += REGARD_WIDTH) {
+            const vector part = part_load(x + c, count - c) * (float)scale;
+            squares += part * part;
+        }
+        const float sum = v_sum(squares);
+        scale = sum > 0 ? scale / sqrt((double)sum) : 0;
+    }
+    for (int64_t c = 0; c < count; c += REGARD_WIDTH) {
+        vector y = part_load(x + c, count - c);
+        if (map == MAP_ELU) {
+            const vector low = v_exp2(v_keep((vector_mask)(y < zero), y) * (float)REGARD_LOG2E);
+            y = v_select((vector_mask)(y > zero), y + 1.0f, low);
+        } else if (map == MAP_RELU) {
+            y = v_select((vector_mask)(y < zero), zero, y);
+        }
+        y *= (float)scale;
+        if (count - c < REGARD_WIDTH) y = part_load((const float *)&y, count - c);
+        v_store(to + c, y);
+    }
+}
+
+/* The columns [column, column + vectors * W) of a state, or fewer at its end. */
+INLINE void step_columns(
+    const int vectors, const Step *s, int64_t n, int64_t column, const float *key,
+    const float *decay, const float *queries, int64_t stride, float beta, const float *value,
+    const float *inverse, float *out
+) {
+    const int64_t F = s->features, E = s->channels, group = s->heads / s->key_heads;
+    const int64_t left = E - column;
+    const float *from = s->state ? s->state + n * F * E + column : 0;
+    float *to = s->next_state + n * F * E + column;
+    vector write[WIDE], seen[WIDE];
+    EACH(v, vectors) write[v] = part_load(value + v * REGARD_WIDTH, left - v * REGARD_WIDTH);
+    if (s->beta.data) {
+        vector held[WIDE];
+        EACH(v, vectors) held[v] = (vector){0};
+        for (int64_t row = 0; from && row < F; row++) {
+            if (decay[row] == 0) continue;
+            const float weight = key[row] * decay[row];
+            EACH(v, vectors) held[v] += weight * part_load(from + row * E + v * REGARD_WIDTH,
+                                                           left - v * REGARD_WIDTH);
+        }
+        EACH(v, vectors) write[v] = beta * (write[v] - held[v]);
+    }
+    EACH(v, vectors) seen[v] = (vector){0};
+    for (int64_t row = 0; row < F; row++) {
+        EACH(v, vectors) {
+            const int64_t c = v * REGARD_WIDTH;
+            vector x = key[row] * write[v];
+            if (from && decay[row] != 0) x += decay[row] * part_load(from + row * E + c, left - c);
+            part_store(to + row * E + c, x, left - c);
+            seen[v] += queries[row] * x;
+        }
+    }
+    for (int64_t h = 0; h < group; h++) {
+        if (h > 0) {
+            EACH(v, vectors) seen[v] = (vector){0};
+            for (int64_t row = 0; row < F; row++) EACH(v, vectors) {
+                const int64_t c = v * REGARD_WIDTH;
+                seen[v] += queries[h * stride + row] * part_load(to + row * E + c, left - c);
+            }
+        }
+        EACH(v, vectors) {
+            const int64_t c = v * REGARD_WIDTH;
+            part_store(out + h * E + column + c, seen[v] * inverse[h], left - c);
+        }
+    }
+}
+
+/* Sums of weights of the queries, turned round, and the next z. */
+static void step_weights(
+    const Step *s, int64_t n, const float *key, const float *decay, const float *queries,
+    int64_t stride, float *inverse
+) {
+    const int64_t F = s->features, group = s->heads / s->key_heads;
+    float *z = s->next_total + n * F;
+    for (int64_t row = 0; row < F; row++) {
+        const float before = s->total && decay[row] != 0 ? decay[row] * s->total[n * F + row] : 0;
+        z[row] = before + key[row];
+    }
+    for (int64_t h = 0; h < group; h++) {
+        vector sum = {0};
+        for (int64_t c = 0; c < F; c += REGARD_WIDTH)
+            sum += v_load(queries + h * stride + c) * part_load(z + c, F - c);
+        const float weight = v_sum(sum) + (float)s->epsilon;
+        if (s->normaliser == BY_CLAMP && weight < (float)s->minimum)
+            inverse[h] = (float)(1 / s->minimum);
+        else inverse[h] = weight == 0 ? 0 : 1 / weight;
+    }
+}
+
+static const float *step_row(StepOperand x, int64_t b, int64_t h) {
+    return x.data + b * x.batch + h * x.head;
+}
+
+REGARD_EXPORT(int64_t, linear_step_size)(void) { return sizeof(Step); }
+
+/* REGARD_NO_MEMORY without memory for a few rows, else 0. */
+REGARD_EXPORT(int64_t, linear_step)(const Step *s) {
+    const int64_t F = s->features, E = s->channels, group = s->heads / s->key_heads;
+    const int64_t stride = up_to(F, REGARD_WIDTH);
+    float *block = aligned_block(((2 + group) * stride + group) * (int64_t)sizeof(float));
+    if (!block) return REGARD_NO_MEMORY;
+    float *key = block, *decay = key + stride, *queries = decay + stride;
+    float *inverse = queries + group * stride;
+    for (int64_t n = 0; n < s->batch * s->key_heads; n++) {
+        const int64_t b = n / s->key_heads, hk = n % s->key_heads;
+        map_row(s->key_map, step_row(s->k, b, hk), F, 1.0, key);
+        for (int64_t h = 0; h < group; h++) {
+            map_row(s->query_map, step_row(s->q, b, hk * group + h), F, s->scale,
+                    queries + h * stride);
+            inverse[h] = 1;
+        }
+        for (int64_t row = 0; row < stride; row++) decay[row] = 1;
+        if (s->log_decay.data) {
+            const float *log_decay = step_row(s->log_decay, b, hk);
+            double owed[DOUBLES];
+            if (s->per_channel) for (int64_t row = 0; row < F; row += DOUBLES) {
+                const int64_t count = F - row < DOUBLES ? F - row : DOUBLES;
+                channel_decays(log_decay + row, 0, 1, count, DOUBLES, decay + row, owed);
+            } else {
+                token_decays(log_decay, 0, 1, decay);
+                for (int64_t row = 1; row < F; row++) decay[row] = decay[0];
+            }
+        }
+        if (s->normaliser) step_weights(s, n, key, decay, queries, stride, inverse);
+        const float *value = step_row(s->v, b, hk);
+        const float beta = s->beta.data ? *step_row(s->beta, b, hk) : 0;
+        float *out = s->out + n * group * E;
+        int64_t column = 0;
+        for (; E - column >= WIDE * REGARD_WIDTH; column += WIDE * REGARD_WIDTH)
+            step_columns(WIDE, s, n, column, key, decay, queries, stride, beta, value + column,
+                         inverse, out);
+        for (; column < E; column += REGARD_WIDTH)
+            step_columns(1, s, n, column, key, decay, queries, stride, beta, value + column,
+                         inverse, out);
+    }
+    free_block(block);
+    return 0;
+}

@@ -1,0 +1,30 @@
+/* Vectors at the ragged end of a row. */
+#ifndef LINEAR_PARTS_H
+#define LINEAR_PARTS_H
+
+#include <string.h>
+
+#include "sweep.h"
+
+/* Kept out of the loops that seldom come here. */
+static __attribute__((noinline, unused)) vector ragged_load(const float *from, int64_t count) {
+    vector x = {0};
+    if (count > 0) memcpy(&x, from, (size_t)count * sizeof(float));
+    return x;
+}
+
+static __attribute__((noinline, unused)) void ragged_store(float *to, vector x, int64_t count) {
+    if (count > 0) memcpy(to, &x, (size_t)count * sizeof(float));
+}
+
+/* The first `count` floats, zeros behind them; never reads further. */
+static inline vector part_load(const float *from, int64_t count) {
+    return count >= REGARD_WIDTH ? v_load(from) : ragged_load(from, count);
+}
+
+static inline void part_store(float *to, vector x, int64_t count) {
+    if (count >= REGARD_WIDTH) v_store(to, x);
+    else ragged_store(to, x, count);
+}
+
+#endif

@@ -1,0 +1,55 @@
+/* The forward: every query reads the state after its own key.
+ *
+ * All panels of a head's state go through a block of tokens, then through the next. Query heads
+ * that share a key head walk it one after the other.
+ */
+#include "jobs.h"
+
+static void ready_weights(const Call *call, Head *head, int64_t b, int64_t h, float *weight) {
+    const int64_t group = call->heads / call->key_heads;
+    const int64_t nk = b * call->key_heads + h / group;
+    float *last = call->last_total && h % group == 0 ? call->last_total + nk * call->features : 0;
+    sum_weights(call, head, b, h, nk, weight, last);
+    for (int64_t t = 0; t < call->tokens; t++) head->inverse[t] = inverse_of(call, weight[t]);
+}
+
+static void walk_head(
+    const Call *call, Head *head, Worker *worker, const Crew *crew, int64_t b, int64_t h
+) {
+    const int64_t group = call->heads / call->key_heads, hk = h / group, T = call->tokens;
+    const int64_t n = b * call->heads + h, nk = b * call->key_heads + hk;
+    const int64_t F = call->features, E = call->channels;
+    const int alone = !crew->team;
+    if (crew->member == 0) {
+        ready_tokens(call, head, b, hk);
+        if (call->normaliser) ready_weights(call, head, b, h, call->weight + n * T);
+        if (!alone) ready_keys(call, head, worker->zeros, b, h, 0, head->count);
+    }
+    crew_wait(crew);
+    for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
+        const int64_t column = p * COLUMNS;
+        Panel *panel = worker->panel + p;
+        panel->run = forward_run(call, head, worker, b, h, column);
+        panel->run.seen = (Output){call->out + n * T * E + column, E, head->inverse, 0};
+        start(panel, call->state ? call->state + nk * F * E + column : 0, E, 0);
+    }
+    for (int64_t block = 0; block < blocks_of(head->count); block++) {
+        const int64_t first = block * BLOCK, last = end_of(head, block);
+        if (alone) ready_keys(call, head, worker->zeros, b, h, first, last);
+        for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
+            steps(&worker->panel[p].walker, first, last);
+    }
+    if (!call->last_state || h % group) return; /* the first of a group brings it */
+    for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
+        Panel *panel = worker->panel + p;
+        flush(&panel->walker);
+        float *to = call->last_state + nk * F * E + p * COLUMNS;
+        store_panel(&panel->run, panel->walker.state, E, 0, to);
+    }
+}
+
+REGARD_EXPORT(int64_t, linear_call_size)(void) { return sizeof(Call); }
+
+REGARD_EXPORT(int64_t, linear_walk)(const Call *call) {
+    return run_heads(call, call->heads, 0, walk_head);
+}

@@ -1,0 +1,73 @@
+"""What a call is given besides tensors, and the shapes of what comes out of it: no Triton here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.ops.linear.triton.table import FEW, MAPS, segment
+
+
+class Options(NamedTuple):
+    """What is not a tensor in a call of the registered operator."""
+
+    causal: bool
+    query_map: str
+    key_map: str
+    scale: float
+    normalised: bool
+    minimum: float
+    epsilon: float
+    wants_state: bool
+
+
+Shape = tuple[tuple[Any, ...], torch.dtype]
+_NONE: Shape = ((0,), torch.float32)
+
+
+def width(D: int, options: Options) -> int:
+    """Features of a key of D channels."""
+    return 2 * D if MAPS[options.key_map].two else D
+
+
+def of_forward(q: Tensor, v: Tensor, options: Options, interpreted: bool) -> tuple[Shape, ...]:
+    """out, S, z; sums of weights; and states of the segments, with those of the normaliser."""
+    B, H, T, D = q.shape
+    _, HK, S, E = v.shape
+    F, single = width(D, options), torch.float32
+    causal, normalised, wanted = options.causal, options.normalised, options.wants_state
+    length = max(T, S) if causal else S
+    places = 0  # of states
+    if not causal or length > FEW:
+        places = -(-length // segment(int(length), interpreted))
+    places = places + 1 if not causal else places if places > 1 else 0
+    return (
+        ((B, H, T, E), q.dtype),
+        ((B, HK, F, E), single) if wanted else _NONE,
+        ((B, HK, F), single) if wanted and normalised else _NONE,
+        ((B, H, T), single) if normalised else _NONE,
+        ((B * HK, places, F, E), single) if places else _NONE,
+        ((B * HK, places, F), single) if places and normalised else _NONE,
+    )
+
+
+def of_backward(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, of_decay: bool, of_first: bool
+) -> tuple[Shape, ...]:
+    """Gradients of q, k, v, log_decay, S and z."""
+    B, HK, S, E = v.shape
+    F, single = width(q.shape[3], options), torch.float32
+    return (
+        (tuple(q.shape), q.dtype), (tuple(k.shape), k.dtype), (tuple(v.shape), v.dtype),
+        ((B, HK, S), single) if of_decay else _NONE,
+        ((B, HK, F, E), single) if of_first else _NONE,
+        ((B, HK, F), single) if of_first and options.normalised else _NONE,
+    )  # fmt: skip
+
+
+def room(shapes: tuple[Shape, ...], like: Tensor) -> list[Tensor]:
+    """Memory for them."""
+    device = like.device
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]

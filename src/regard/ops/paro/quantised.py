@@ -1,0 +1,58 @@
+"""Attention within a mask of blocks whose weights and values are integers as well.
+
+Block by block with a running maximum, as the kernels do it: what a weight is rounded to depends
+on the maximum when its block is met. For the study of accuracy, not for speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.ops.paro.quantise import round_away
+
+
+def attend_quantised(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, scale: float, kind: str
+) -> Tensor:
+    """q, k, v [B, H, L, D] (q and k rounded already), mask bool [H, n, n] -> [B, H, L, Dv].
+
+    "int8_pv": weights trunc(127 p) with p = exp(s - running maximum); values int8 with a scale
+    per head and channel. "int4": weights round(15 p / max p) and values round(7 v / max |v|) per
+    block. What they are divided by is summed from the weights before rounding.
+    """
+    B, H, L, _ = q.shape
+    out = q.new_zeros(B, H, L, v.shape[3])
+    if kind == "int8_pv":
+        unit = v.abs().amax(2, keepdim=True) / 127
+        v = round_away(v / torch.where(unit == 0, 1.0, unit))
+    else:
+        unit = v.new_ones(())
+    for h in range(H):
+        for i, kept in enumerate(mask[h].tolist()):
+            rows = slice(i * block, (i + 1) * block)
+            queries = q[:, h, rows] * scale
+            top = queries.new_full((*queries.shape[:2], 1), -torch.inf)
+            total, sums = torch.zeros_like(top), out[:, h, rows].clone()
+            for j, wanted in enumerate(kept):
+                if not wanted:
+                    continue
+                columns = slice(j * block, (j + 1) * block)
+                scores = queries @ k[:, h, columns].mT
+                higher = torch.maximum(top, scores.amax(2, keepdim=True))
+                weights, fade = torch.exp(scores - higher), torch.exp(top - higher)
+                total = total * fade + weights.sum(2, keepdim=True)
+                sums = sums * fade + _product(weights, v[:, h, columns], kind)
+                top = higher
+            out[:, h, rows] = sums / torch.where(total == 0, 1.0, total)
+    return out * unit
+
+
+def _product(weights: Tensor, values: Tensor, kind: str) -> Tensor:
+    if kind == "int8_pv":
+        return torch.trunc(127 * weights) @ values / 127
+    largest_p = weights.amax((1, 2), keepdim=True)
+    largest_v = values.abs().amax((1, 2), keepdim=True)
+    p = round_away(15 * weights / torch.where(largest_p == 0, 1.0, largest_p))
+    w = round_away(7 * values / torch.where(largest_v == 0, 1.0, largest_v))
+    return p @ w * (largest_p / 15) * (largest_v / 7)
