@@ -64,8 +64,8 @@ def select(call: Call) -> tuple[Tensor, Places]:
 def _eager(call: Call) -> Tensor:
     selected, where = select(call)
     block = call.block
-    if where.order is not None:
-        selected, block = tokens_of(selected, where.order, block), 1
+    if where.order is not None and call.key_mask is not None:
+        selected, block = tokens_of(selected, where.order, block, call.key_mask), 1
     return selected_attention(
         call.q, call.k, call.v, selected, block=block, causal=True, scale=call.scale,
         key_mask=call.key_mask,

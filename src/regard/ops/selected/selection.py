@@ -106,13 +106,18 @@ def _choose(q: Tensor, means: Tensor, seen: Tensor, block: int, count: int) -> T
     return best.indices.masked_fill(best.values == -torch.inf, -1)
 
 
-def tokens_of(selected: Tensor, order: Tensor, block: int) -> Tensor:
-    """Blocks of packed keys as single keys where they really are, [B, Hk, T, n block]."""
+def tokens_of(selected: Tensor, order: Tensor, block: int, key_mask: Tensor) -> Tensor:
+    """Blocks of packed keys as single keys where they really are, [B, Hk, T, n block].
+
+    Masked keys, which fill the last block, are left out: which ones they are depends on how many
+    real keys come later.
+    """
     S = order.shape[1]
     if not S:
         return selected  # all -1
     packed = selected[..., None] * block + torch.arange(block, device=order.device)
-    there = ((selected[..., None] >= 0) & (packed < S)).flatten(3)
+    real = key_mask.sum(1).view(-1, 1, 1, 1, 1)
+    there = ((selected[..., None] >= 0) & (packed < real)).flatten(3)
     packed = torch.where(there, packed.flatten(3), 0)
     keys = order.gather(1, packed.flatten(1)).view(packed.shape)
     return torch.where(there, keys, -1)
