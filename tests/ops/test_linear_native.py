@@ -380,3 +380,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (65
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(found.stdout) < 12
+
+
+@pytest.mark.parametrize("low", [-60.0, -75.0, -86.0, -89.0])
+def test_weights_near_the_end_of_the_range_still_divide(isa: str, low: float):
+    """Sums of weights down to 1e-38, whose inverse may be no float32, in a walk and in a step."""
+    q, k, v = torch.randn(3, 1, 2, 70, 8, generator=torch.Generator().manual_seed(0))
+    q = 0.5 * q + low
+    exact = linear_attention(q, k, v, causal=True, impl="reference")
+    walked = linear_attention(q, k, v, causal=True, impl="native")
+    before = (x[:, :, :-1] for x in (q, k, v))
+    _, state = linear_attention(*before, causal=True, return_state=True)
+    last = (x[:, :, -1:] for x in (q, k, v))
+    with torch.inference_mode():
+        step = linear_attention(*last, causal=True, state=state, impl="native")
+    assert relative_error(walked, exact) < 1e-5
+    assert relative_error(step, exact[:, :, -1:]) < 1e-5

@@ -35,8 +35,10 @@ static void map_row(int64_t map, const float *x, int64_t count, double scale, fl
     for (int64_t c = 0; c < count; c += REGARD_WIDTH) {
         vector y = part_load(x + c, count - c);
         if (map == MAP_ELU) {
-            const vector low = v_exp2(v_keep((vector_mask)(y < zero), y) * (float)REGARD_LOG2E);
-            y = v_select((vector_mask)(y > zero), y + 1.0f, low);
+            /* Half of the exponent, squared: v_exp2 ends at 2^-100, and a divisor may need less. */
+            const vector half =
+                v_exp2(v_keep((vector_mask)(y < zero), y) * (float)(REGARD_LOG2E / 2));
+            y = v_select((vector_mask)(y > zero), y + 1.0f, half * half);
         } else if (map == MAP_RELU) {
             y = v_select((vector_mask)(y < zero), zero, y);
         }
@@ -96,7 +98,7 @@ INLINE void step_columns(
 
 /* Sums of weights of the queries, turned round, and the next z. */
 static void step_weights(
-    const Step *s, int64_t n, const float *key, const float *decay, const float *queries,
+    const Step *s, int64_t n, const float *key, const float *decay, float *queries,
     int64_t stride, float *inverse
 ) {
     const int64_t F = s->features, group = s->heads / s->key_heads;
@@ -109,7 +111,17 @@ static void step_weights(
         vector sum = {0};
         for (int64_t c = 0; c < F; c += REGARD_WIDTH)
             sum += v_load(queries + h * stride + c) * part_load(z + c, F - c);
-        const float weight = v_sum(sum) + (float)s->epsilon;
+        float weight = v_sum(sum) + (float)s->epsilon;
+        if (s->normaliser == BY_SUM && s->epsilon == 0 && weight != 0 && __builtin_fabsf(weight) < 1e-30f) {
+            /* A factor of the query cancels, and the inverse of such a weight may overflow. */
+            sum = (vector){0};
+            for (int64_t c = 0; c < F; c += REGARD_WIDTH) {
+                const vector larger = v_load(queries + h * stride + c) * 1e30f;
+                v_store(queries + h * stride + c, larger);
+                sum += larger * part_load(z + c, F - c);
+            }
+            weight = v_sum(sum);
+        }
         if (s->normaliser == BY_CLAMP && weight < (float)s->minimum)
             inverse[h] = (float)(1 / s->minimum);
         else inverse[h] = weight == 0 ? 0 : 1 / weight;

@@ -188,9 +188,17 @@ REGARD_SHARED void sum_weights(
 }
 
 /* What a sum of weights divides by, turned round: 0 where there is no weight at all. */
+/* The inverse of less than this may overflow: such rows are divided in two steps. */
+#define LEAST_WEIGHT 1e-37f
+
+static int is_tiny(const Call *call, float weight) {
+    return call->normaliser == BY_SUM && weight != 0 && __builtin_fabsf(weight) < LEAST_WEIGHT;
+}
+
 static float inverse_of(const Call *call, float weight) {
     if (call->normaliser == BY_CLAMP && weight <= (float)call->minimum)
         return (float)(1.0 / call->minimum);
+    if (is_tiny(call, weight)) return 1 / LEAST_WEIGHT;
     return weight == 0 ? 0 : 1.0f / weight;
 }
 

@@ -13,6 +13,15 @@ static void ready_weights(const Call *call, Head *head, int64_t b, int64_t h, fl
     for (int64_t t = 0; t < call->tokens; t++) head->inverse[t] = inverse_of(call, weight[t]);
 }
 
+/* The second step of dividing the rows whose weight is tiny, in a panel's columns. */
+static void divide_again(const Call *call, const float *weight, float *out, int64_t column) {
+    const int64_t E = call->channels, stop = column + COLUMNS < E ? column + COLUMNS : E;
+    for (int64_t t = 0; t < call->tokens; t++) if (is_tiny(call, weight[t])) {
+        const float rest = weight[t] / LEAST_WEIGHT;
+        for (int64_t c = column; c < stop; c++) out[t * E + c] /= rest;
+    }
+}
+
 static void walk_head(
     const Call *call, Head *head, Worker *worker, const Crew *crew, int64_t b, int64_t h
 ) {
@@ -39,6 +48,8 @@ static void walk_head(
         for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
             steps(&worker->panel[p].walker, first, last);
     }
+    if (call->normaliser) for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
+        divide_again(call, call->weight + n * T, call->out + n * T * E, p * COLUMNS);
     if (!call->last_state || h % group) return; /* the first of a group brings it */
     for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
         Panel *panel = worker->panel + p;
