@@ -230,7 +230,10 @@ class Experiment:
         for mode in ("cluster", "iid"):
             for d in self.setting.untrained_dims:
                 found = self.kept(f"untrained_{mode}_{d}", lambda m=mode, d=d: self.untrained(m, d))
-                untrained[f"{mode} {d}"] = found
+                untrained[f"{mode} {d}"] = {  # errors by position stay in the file of their own
+                    name: {key: score[key] for key in ("error", "ratio", "settings")}
+                    for name, score in found.items()
+                }
         result = {
             **facts(self.device),
             "setting": asdict(self.setting),
