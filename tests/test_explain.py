@@ -16,6 +16,7 @@ def qkv(**changes):
 def arguments(card) -> dict[str, torch.Tensor]:
     """q, k, v and the operands that the mechanism needs beside them."""
     sizes = {"b": 1, "h": 2, "hk": 2, "t": 5, "s": 5, "d": 8, "dv": 8}
+    sizes |= {name.lower(): size for name, size in card.cases[0].dims.items()}
     wanted = (*ARGUMENTS, *card.operands)
     call = sample(wanted, sizes, torch.Generator().manual_seed(0)).to(torch.float32)
     return {**call.tensors, **card.cases[0].options}

@@ -198,6 +198,12 @@ class TestPlan:
             file.write_bytes(content[:cut])
             with pytest.raises(ValueError, match="is damaged"):
                 BlockPlan.load(file)
+        for place in range(8, len(content)):  # one bit of the header or of the tensors
+            changed = bytearray(content)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(ValueError, match="is damaged|is not a saved"):
+                BlockPlan.load(file)
         from safetensors.torch import save_file
 
         save_file({"levels": torch.zeros(1)}, file)

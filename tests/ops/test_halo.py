@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from regard.core.budgets import relative_error
 from regard.ops import halo_attention, softmax_attention
+from regard.ops.block_sparse import native
 
 
 def sample(H=12, W=18, stride=1, D=4, Dv=3, heads=2, window=10, B=1, dtype=torch.float64):
@@ -68,19 +69,48 @@ def one_by_one(
     ],
     ids=str,
 )
-def test_the_equations_and_their_gradients(options, sides):
-    inputs = [x.requires_grad_() for x in sample(*sides, stride=options.get("stride", 1))]
+@pytest.mark.parametrize(
+    ("dtype", "room"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_the_equations_and_their_gradients(options, sides, dtype, room):
+    """In float64 by gathered windows, in float32 (where there are kernels for it) by boxes."""
+    stride = options.get("stride", 1)
+    exact = [x.requires_grad_() for x in sample(*sides, stride=stride, B=2)]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
     found = halo_attention(*inputs, block=6, halo=2, **options)
-    expected = one_by_one(*inputs, block=6, halo=2, **options)
-    assert relative_error(found, expected) < 1e-12
-    weight = torch.randn_like(found)
+    expected = one_by_one(*exact, block=6, halo=2, **options)
+    assert found.dtype == dtype
+    assert relative_error(found, expected) < room
+    weight = torch.randn_like(expected)
     pairs = zip(
-        torch.autograd.grad(found, inputs, weight),
-        torch.autograd.grad(expected, inputs, weight),
+        torch.autograd.grad(found, inputs, weight.to(dtype)),
+        torch.autograd.grad(expected, exact, weight),
         strict=True,
     )
     for ours, theirs in pairs:
-        assert relative_error(ours, theirs) < 1e-10
+        assert relative_error(ours, theirs) < 100 * room
+
+
+@pytest.mark.parametrize(
+    ("block", "halo", "size"), [(1, 2, (7, 9)), (5, 0, (10, 15)), (3, 4, (6, 9))]
+)
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_boxes_are_gathered_windows(block, halo, size, mask_padding, monkeypatch):
+    """Both forms, on blocks smaller and larger than the halo, without relative terms and with."""
+    if native.unavailable(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)) is not None:
+        pytest.skip("no kernels here")
+    inputs = sample(*size, window=block + 2 * halo, dtype=torch.float32, B=2)
+    for tables in (inputs[3:], [None, None]):
+        results = []
+        for reason in (None, "not now"):
+            monkeypatch.setattr(native, "unavailable", lambda q, k, reason=reason: reason)
+            results.append(
+                halo_attention(
+                    *inputs[:3], *tables, block=block, halo=halo, mask_padding=mask_padding
+                )
+            )
+        assert relative_error(*results) < 1e-6
 
 
 def test_pieces_change_nothing(monkeypatch):

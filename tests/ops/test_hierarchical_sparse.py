@@ -261,4 +261,4 @@ def test_speed_at_16k() -> None:
             before = time.process_time()
             run()
             found.append(time.process_time() - before)
-    assert min(times[1]) > 2 * min(times[0]), times
+    assert min(times[1]) > 3 * min(times[0]), times

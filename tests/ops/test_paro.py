@@ -13,12 +13,15 @@ from regard.core.budgets import relative_error
 from regard.ops import softmax_attention
 from regard.ops.paro import (
     ParoPlan,
+    axis_order_attention,
     axis_orders,
     calibrate_paro,
     choose_order,
     codes_of,
     dequantise_rows,
     forced_blocks,
+    int8_scores,
+    integer_product,
     keep,
     paro_attention,
     permute_heads,
@@ -29,6 +32,7 @@ from regard.ops.paro import (
     statistics_of_map,
     unpermute_heads,
 )
+from regard.ops.paro.reference import axis_order_attention_reference
 
 FOLDER = "paro_attention"
 
@@ -262,6 +266,22 @@ class TestIntegers:
             assert chosen < raster or axis == 2
         assert torch.corrcoef(torch.tensor([incoherence, errors]))[0, 1] > 0
 
+    @pytest.mark.parametrize("shape", [(40, 30), (1, 1), (300, 5000), (3, 0)])
+    def test_products_of_integers_are_exact(self, shape: tuple[int, int], monkeypatch):
+        monkeypatch.setattr("regard.ops.paro.quantise._HELD", 1 << 16)
+        rows, columns = shape
+        q = torch.randint(-127, 128, (2, rows, 64), dtype=torch.int8)
+        k = torch.randint(-127, 128, (2, columns, 64), dtype=torch.int8)
+        assert torch.equal(integer_product(q, k), q.float() @ k.float().mT)
+        assert torch.equal(integer_product(q[0], k[0]), integer_product(q, k)[0])
+
+    def test_int8_scores_are_products_of_what_was_rounded(self):
+        q, k = torch.randn(2, 3, 100, 64)
+        ours = int8_scores(*quantise_rows(q, 32), *quantise_rows(k, 64))
+        rounded = (dequantise_rows(*quantise_rows(x, n), n) for x, n in ((q, 32), (k, 64)))
+        first, second = rounded
+        assert relative_error(ours, first @ second.mT) < 1e-6
+
     def test_rounding(self):
         x = torch.tensor([[127.0], [0.5], [-0.5], [1.5], [0.49]])
         integers, scales = quantise_rows(x, 8)
@@ -295,6 +315,12 @@ class TestPlanFiles:
             file.write_bytes(content[:cut])
             with pytest.raises(ValueError, match="is damaged"):
                 ParoPlan.load(file)
+        for place in range(8, len(content)):  # one bit of the header or of the tensors
+            changed = bytearray(content)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(ValueError, match="is damaged|is not a saved"):
+                ParoPlan.load(file)
         from safetensors.torch import save_file
 
         save_file({"codes": torch.zeros(1), "masks": torch.zeros(1)}, file)
@@ -311,3 +337,62 @@ def test_streaming_holds_no_map():
     with Largest() as largest:
         statistics_of(q, q, (16, 16, 16), 64)
     assert largest.elements <= 64 * 4096
+
+
+class TestOperands:
+    @pytest.mark.parametrize("text", [0, 3])
+    @pytest.mark.parametrize("kept_shape", [(1, 1), (2, 6), (2, 1), (1, 6)])
+    def test_the_equations_with_every_order(self, text: int, kept_shape: tuple[int, int]):
+        grid, block = (3, 2, 4), 5
+        n = -(-(text + 24) // block)
+        q = torch.randn(2, 6, 24 + text, 4, dtype=torch.float64, requires_grad=True)
+        k, v = torch.randn(2, 2, 3, 24 + text, 4, dtype=torch.float64)
+        kept = torch.rand(*kept_shape, n, n) < 0.5
+        given = {"grid": grid, "text": text, "block": block, "scale": torch.rand(6)}
+        out = axis_order_attention(q, k, v, torch.arange(6), kept, **given)
+        expected = axis_order_attention_reference(q, k, v, torch.arange(6), kept, **given)
+        assert relative_error(out, expected) < 1e-12
+        ours, theirs = (torch.autograd.grad(x.square().sum(), q)[0] for x in (out, expected))
+        assert relative_error(ours, theirs) < 1e-11
+
+    @pytest.mark.parametrize(("quant", "room"), [("int8", 0.02), ("int8_pv", 0.03), ("int4", 0.4)])
+    def test_integers_within_a_mask_of_each_row(self, quant: str, room: float):
+        q, k, v = torch.randn(3, 2, 2, 64, 16)
+        kept = torch.rand(2, 2, 8, 8) < 0.6
+        codes = torch.tensor([2, 5])
+        exact = axis_order_attention(q, k, v, codes, kept, grid=(4, 4, 4), block=8)
+        out = axis_order_attention(q, k, v, codes, kept, grid=(4, 4, 4), block=8, quant=quant)
+        assert 0 < relative_error(out, exact) < room
+        alone = axis_order_attention(
+            q[1:], k[1:], v[1:], codes, kept[1:], grid=(4, 4, 4), block=8, quant=quant
+        )
+        assert torch.allclose(alone, out[1:], atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"grid": (2, 3, 5)}, "grid must be"),
+            ({"codes": torch.zeros(2)}, "codes must be"),
+            ({"codes": torch.zeros(3, dtype=torch.long)}, "codes must be"),
+            ({"kept": torch.ones(1, 1, 3, 2, dtype=torch.bool)}, "kept must be"),
+            ({"kept": torch.ones(1, 1, 3, 3)}, "kept must be"),
+            ({"block": 0}, "block must be"),
+            ({"quant": "int2"}, "quant must be"),
+            ({"causal": True}, "causal must be False"),
+        ],
+    )
+    def test_refusals(self, change: dict, message: str):
+        q, k, v = torch.randn(3, 1, 2, 24, 8)
+        given: dict = {
+            "codes": torch.tensor([0, 1]), "kept": torch.ones(1, 1, 3, 3, dtype=torch.bool),
+            "grid": (2, 3, 4), "block": 8,
+        }  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
+            axis_order_attention(q, k, v, **{**given, **change})
+
+    @pytest.mark.parametrize("code", [-1, 6])
+    def test_a_code_that_names_no_order(self, code: int):
+        q, k, v = torch.randn(3, 1, 1, 24, 8)
+        kept = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+        with pytest.raises((IndexError, RuntimeError)):
+            axis_order_attention(q, k, v, torch.tensor([code]), kept, grid=(2, 3, 4), block=8)

@@ -357,5 +357,5 @@ def test_faster_than_dense_at_16384_tokens():
                 seconds[name] = min(seconds[name], time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
-    assert seconds["dense"] >= 3 * seconds["attend"], seconds
-    assert seconds["dense"] >= 2 * (seconds["attend"] + seconds["levels"]), seconds
+    assert seconds["dense"] >= 4 * seconds["attend"], seconds
+    assert seconds["dense"] >= 3.3 * (seconds["attend"] + seconds["levels"]), seconds

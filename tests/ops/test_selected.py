@@ -149,7 +149,7 @@ def test_speed_at_16k() -> None:
         before = time.process_time()
         run()
         times.append(time.process_time() - before)
-    assert times[1] > 2 * times[0], times
+    assert times[1] > 3 * times[0], times
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from regard.ops.mesa import mesa_attention
     from regard.ops.parallax import parallax_attention
+    from regard.ops.paro import axis_order_attention
     from regard.ops.pyramid_sparse import pyramid_attention, pyramid_levels
     from regard.ops.rat import rat_attention
     from regard.ops.relu_linear import relu_linear_attention
@@ -58,6 +59,7 @@ _FOLDERS: dict[str, tuple[str, ...]] = {
     ),
     "mesa": ("mesa_attention",),
     "parallax": ("parallax_attention",),
+    "paro": ("axis_order_attention",),
     "pyramid_sparse": ("pyramid_attention", "pyramid_levels"),
     "rat": ("rat_attention",),
     "relu_linear": ("relu_linear_attention",),
@@ -82,6 +84,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "axis_order_attention",
     "bidirectional_lightning_attention",
     "block_mask",
     "block_sparse_attention",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.bench.kernels import family
+from regard.bench.kernels import family, sparse
 from regard.bench.kernels.draw import Drawn, Kind, draw
 from regard.bench.timing.setting import DTYPES
 from regard.core.card import Card
@@ -48,7 +48,7 @@ class Target:
 @dataclass(frozen=True)
 class Case:
     """One call of an op, q, k, v drawn as `keys` says: of local linear attention or a relative,
-    or of the linear family.
+    of the linear family, or of attention to chosen blocks or within a window.
 
     `work`: "gradients" times forward, backward and both; "decode" has one query per head (in the
     linear family one token, after `length` of them in a state).
@@ -57,7 +57,7 @@ class Case:
     another case whose forward is timed in the same row, as "base". `published`: milliseconds that
     the authors' kernels took for such a call, on the card that the targets are for. `extra`:
     operands made by their names: "key_mask" (a tenth of the keys masked), "log_decay", "packed"
-    (four sequences).
+    (four sequences). `density`: the share of blocks that a plan names.
     """
 
     section: str
@@ -81,6 +81,7 @@ class Case:
     against: Case | None = None
     published: float | None = None
     isa: str | None = None
+    density: float | None = None
     note: str = ""
 
     @property
@@ -115,6 +116,7 @@ class Case:
             words.append(f"{self.queries} queries")
         if self.kv_heads not in (None, self.heads):
             words.append(f"{self.heads} on {self.kv_heads} heads")
+        words += [] if self.density is None else [f"density {self.density:g}"]
         words += [name.replace("_", " ") for name in self.extra]
         words += [f"{name}={value}" for name, value in self.options.items()]
         words += [self.dtype] * (self.dtype != "float32")
@@ -165,6 +167,8 @@ class Case:
             given["r"] = probe.to(device=device, dtype=dtype)
         if self.fixed_state:
             given |= family.operands(self, self.tokens, device, wide)
+        if self.mechanism in sparse.MECHANISMS:
+            given |= sparse.operands(self, device)
         for name in self.extra:
             given |= _EXTRA[name](self, device, wide)
         return family.step(self, given) if self.tokens > self.length else given

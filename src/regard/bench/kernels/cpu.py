@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from regard.bench.kernels import family
+from regard.bench.kernels import family, sparse
 from regard.bench.kernels.case import Case, Target
 from regard.bench.kernels.draw import KINDS, Kind
 
@@ -82,7 +82,9 @@ def timed(impls: Iterable[str], instruction_set: str, quick: bool = False) -> It
             yield from _tolerances(impl)
         yield from _relatives(impl, quick)
     native = "native" in impls  # what is taken by itself then
-    yield from family.on_processor(Case, "auto" if native else impls[-1], native, quick)
+    own = "auto" if native else impls[-1]
+    yield from family.on_processor(Case, own, native, quick)
+    yield from sparse.on_processor(Case, own, native, quick)
 
 
 def _forwards(impl: str, at: str, quick: bool) -> Iterator[Case]:
@@ -170,6 +172,7 @@ def threaded(impls: Iterable[str]) -> Iterator[Case]:
     for impl in impls:
         for heads, length in ((1, 4096), (4, 2048), (1, 2048)):
             yield Case("threads", impl=impl, length=length, heads=heads)
+        yield from sparse.threaded(Case, impl)
 
 
 def checked(

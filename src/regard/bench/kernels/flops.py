@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regard.bench.kernels import family
+from regard.bench.kernels import family, sparse
 from regard.bench.kernels.case import Case
 
 
@@ -26,10 +26,12 @@ def forward(case: Case, iterations: Tensor | None) -> float | None:
         direct            8 D + D (D + 1)   and half of a symmetric matrix
 
     `iterations` [B, H, T] are each query's own; all 0: the solve was direct. The linear family:
-    `family.work`. None where nobody has counted it.
+    `family.work`; chosen blocks and windows: `sparse.work`. None where nobody has counted it.
     """
     if case.fixed_state:
         return None if case.work == "decode" else family.work(case)
+    if case.mechanism in sparse.MECHANISMS:
+        return sparse.work(case)
     D, seen = case.dim, visible(case)
     if case.mechanism == "softmax":
         return 4.0 * D * case.pairs

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from regard.bench.kernels import family
+from regard.bench.kernels import family, sparse
 from regard.bench.kernels.case import Case, Target
 from regard.bench.kernels.draw import KINDS, Kind
 
@@ -60,6 +60,7 @@ def timed(impl: str = "triton") -> Iterator[Case]:
         cold = () if position else (Target("first call", most=FIRST_CALL),)
         yield replace(case, targets=(*cold, *case.targets))
     yield from family.on_gpu(plain)
+    yield from sparse.on_gpu(plain)
     yield from _gradients(plain)
     yield from _decodes(plain)
     yield from _relatives(plain)
@@ -183,6 +184,7 @@ def checked(impl: str = "triton", length: int = 1024) -> Iterator[tuple[Case, tu
     plain = Case("check", impl=impl, heads=2, length=length, extra=("log_decay",))
     learn = ("ridge", "log_decay")
     yield from family.checked_on_gpu(plain, DTYPES)
+    yield from sparse.checked_on_gpu(plain, DTYPES)
     for dtype in DTYPES:
         for D in DIMS:
             for keys in KINDS:

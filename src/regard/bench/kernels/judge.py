@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.bench.kernels import family
+from regard.bench.kernels import family, sparse
 from regard.bench.kernels.case import PACKED, Case
 from regard.core.budgets import relative_error
 from regard.core.state import FixedState
@@ -212,6 +212,8 @@ def _reference_rows(
     """
     if case.fixed_state:
         return family.exact_rows(case, given, _meaning(case), blocks, head)
+    if case.mechanism in sparse.MECHANISMS:
+        return sparse.exact_rows(case, given, _meaning(case), blocks, head)
     group = case.heads // (case.kv_heads or case.heads)
     parts = []
     for start, stop in blocks:

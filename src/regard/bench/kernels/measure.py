@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import regard
-from regard.bench.kernels import flops, judge, others
+from regard.bench.kernels import flops, judge, others, sparse
 from regard.bench.kernels.case import Case
 from regard.bench.kernels.rows import Left, Row
 from regard.bench.measure import memory
@@ -174,7 +174,7 @@ class Bench:
             row.calls = {
                 name: self.watch.sample(calls[name], patience=1.0).seconds for name in ours
             }
-        if case.fixed_state:
+        if case.fixed_state or case.mechanism in sparse.MECHANISMS:
             row.numbers |= plain_numbers(row, names)
         if "base forward" in row.seconds and case.against is not None:
             ratio = row.seconds["forward"] / row.seconds["base forward"]

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.bench.kernels import sparse
 from regard.bench.kernels.case import Case
 
 # flash-linear-attention: the same Parallax; MesaNet, the neighbour with a state of fixed size; and
 # FLA, the same mechanism of the linear family. EAGER is our own chunked form in torch, READ a copy
 # that reads and writes as many bytes as q, k, v and the output have.
 PARALLAX, MESA, FLA = "fla Parallax", "fla MesaNet", "fla"
-TRANSFORMERS, EAGER, READ = "transformers", "eager", "read"
-NAMES = (PARALLAX, MESA, FLA, TRANSFORMERS, EAGER, READ)
+TRANSFORMERS, EAGER, READ, FLEX = "transformers", "eager", "read", "Flex"
+NAMES = (PARALLAX, MESA, FLA, TRANSFORMERS, EAGER, READ, FLEX)
 ITERATIONS = 30  # of MesaNet, its authors' number
 
 
@@ -25,6 +26,8 @@ def contestants(case: Case, given: Mapping[str, Any], kind: str) -> dict[str, Ca
     """Calls by name, "fla Parallax forward"; empty where nothing fits or is installed."""
     if case.fixed_state:
         return family_contestants(case, given, kind)
+    if case.mechanism in sparse.MECHANISMS:
+        return _flex(case, given) if kind == "cuda" and not case.extra else {}
     if kind != "cuda" or case.extra or not case.causal or case.work != "forward":
         return {}
     if not _installed("fla"):
@@ -51,6 +54,27 @@ def _mesa(mesa: Any, unit: list[Tensor], v: Tensor, gates: dict[str, Tensor]) ->
             return mesa(*unit, v, **gates, max_CG_iteration=ITERATIONS)[0]
 
     return forward
+
+
+def _flex(case: Case, given: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """torch's FlexAttention, compiled, on the same blocks."""
+    run = sparse.flex(case, given)
+    if run is None:
+        return {}
+    q, k, v = (given[name] for name in "qkv")
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run(q, k, v)
+
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+
+    def both() -> Any:
+        out = run(*leaves)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    calls = {f"{FLEX} forward": forward}
+    return {**calls, f"{FLEX} both": both} if case.work == "gradients" else calls
 
 
 def family_contestants(

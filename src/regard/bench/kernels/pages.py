@@ -39,6 +39,9 @@ TITLES = {
     "linear family, gradients": "The linear family, forward and backward",
     "linear family, memory": "The linear family, memory of a forward and backward",
     "linear family, decode": "The linear family, one token",
+    "chosen blocks": "Block-sparse attention",
+    "chosen blocks, gradients": "Block-sparse attention, forward and backward",
+    "windows": "Windows",
 }
 
 # Numbers that are shown where some row has a target for them.

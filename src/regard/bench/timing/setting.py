@@ -75,6 +75,8 @@ class Setting:
             return "it has no causal form"
         if not self.causal and Pattern.NONCAUSAL_SELF not in card.patterns:
             return "it has only a causal form"
+        if {"T", "S"} & set(card.cases[0].dims):
+            return "its case fixes the length"
         return None
 
     def call(self, card: Card | None, length: int) -> Call:

@@ -3,6 +3,7 @@
 - `pyramid.py`: keys and values at several resolutions, as rows
 - `lists.py`: from a plan to the rows that each block of queries attends to
 - `eager.py`: attention to lists of rows, and its gradient; `registered.py`: as torch operators
+- `native/`, `triton/`: the same compiled, for CPUs and GPUs
 - `plan.py`: `BlockPlan`, a plan that can be checked, measured, drawn, saved
 - `reference.py`: the equations; `forms.py`: which form serves a call; `card.py`
 """
@@ -82,7 +83,8 @@ def block_sparse_attention(
             a pooled row is seen if all of it lies inside.
         tail: what fills the last group of a pooled block behind the last key: "exact", nothing;
             "replicate", the last key again, as the released pyramid kernels have it.
-        impl: "auto", "eager" or "reference" (dense scores, differentiable twice).
+        impl: "auto", "native" (CPU), "triton" (GPU), "eager" or "reference" (dense scores,
+            differentiable twice).
 
     Precision: scores, weights and sums in float32 (float64 for float64 inputs). A plan of ones
     equals dense attention to 1e-6 in float32.
@@ -91,9 +93,11 @@ def block_sparse_attention(
     Source: levels and ln l are those of Pyramid Sparse Attention, arXiv 2512.04025; its outputs
     are matched to 2e-5 with `tail="replicate"`. Weighted means, masks, biases, windows and
     T != S are ours.
-    Limits: differentiable once. Gradients of keys are summed in no fixed order on a GPU.
+    Limits: differentiable once. On a GPU the eager form sums gradients of keys in no fixed
+    order, the Triton form in one; that form has heads of up to 128 channels, `tail="exact"`,
+    and no sizes that the host waits for.
     Raises: ValueError, TypeError for arguments that do not fit; ValueError for a level outside
-    the set.
+    the set (the Triton form, which does not wait for the device, skips such a block).
 
     >>> import torch
     >>> q, k, v = torch.randn(3, 1, 2, 256, 16)
@@ -149,9 +153,9 @@ def selected_attention(
     Cost: O(T n block (D + Dv)) time; memory as there.
     Source: the attention of SSA (arXiv 2511.20102), whose outputs and gradients are matched to
     2e-5 and 1e-4, of NSA and of MoBA.
-    Limits: differentiable once. Gradients of keys are summed in no fixed order on a GPU.
+    Limits: those of `block_sparse_attention`.
     Raises: ValueError, TypeError for arguments that do not fit; ValueError for an index outside
-    of the blocks.
+    of the blocks (the Triton form takes it for -1).
 
     >>> import torch
     >>> q, k, v = torch.randn(3, 1, 2, 64, 16)

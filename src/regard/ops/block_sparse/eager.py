@@ -47,7 +47,7 @@ def heads_of(q: Tensor, k: Tensor, plan: tuple[int, int]) -> Iterator[Heads]:
     (B, H), Hk, (Bp, Hp) = q.shape[:2], k.shape[1], plan
     group = H // max(Hk, 1)
     for b in range(B):
-        row = (b if Bp > 1 else 0) * Hp
+        row = b // (B // Bp) * Hp if Bp else 0  # under vmap rows of one plan are neighbours
         for kv in range(Hk):
             if Hp == H and group > 1:
                 for h in range(kv * group, (kv + 1) * group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from regard.core.dispatch import Form
 from regard.core.precision import compute_dtype
-from regard.ops.block_sparse.pyramid import Layout, pyramid
+from regard.ops.block_sparse import native, triton
+from regard.ops.block_sparse.pyramid import Layout, Rows, pyramid
 from regard.ops.block_sparse.reference import block_sparse_reference
-from regard.ops.block_sparse.registered import block_sparse
+from regard.ops.block_sparse.registered import block_sparse, block_sparse_native
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,11 @@ class Call:
         return left, 0 if self.causal else right
 
 
-def _eager(call: Call) -> Tensor:
+def attend(call: Call, op: Callable[..., tuple[Tensor, Tensor]], pools: bool = False) -> Tensor:
+    """A call by a registered op that takes scaled queries and the rows of all levels.
+
+    An op that `pools` takes the keys themselves where no mask or bias is to be weighed in.
+    """
     dtype, S, plan = compute_dtype(call.q.dtype), call.k.shape[2], call.plan
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
@@ -52,8 +58,11 @@ def _eager(call: Call) -> Tensor:
             plan = plan.repeat_interleave(group, 1)
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     layout = Layout(S, 1 if call.indices else call.block_k, call.replicate)
-    rows = pyramid(k, v, layout, call.key_mask, call.key_bias)
-    return block_sparse(
+    if pools and call.key_mask is None and call.key_bias is None:
+        rows = Rows(k, v, None)
+    else:
+        rows = pyramid(k, v, layout, call.key_mask, call.key_bias)
+    return op(
         q, rows.k, rows.v, rows.bias, plan, call.indices, call.block_q, call.block_k, S,
         *call.reach, call.replicate,
     )[0]  # fmt: skip
@@ -88,6 +97,13 @@ def _reference(call: Call) -> Tensor:
 
 
 FORMS = (
-    Form("eager", "lists", lambda call: None, _eager),
+    *triton.FORMS,
+    Form(
+        "native",
+        "native",
+        lambda call: native.unavailable(call.q, call.k),
+        lambda call: attend(call, block_sparse_native, pools=True),
+    ),
+    Form("eager", "lists", lambda call: None, lambda call: attend(call, block_sparse)),
     Form("reference", "reference", lambda call: None, _reference, auto=False),
 )

@@ -28,6 +28,7 @@ class Reach(NamedTuple):
 
     @property
     def offset(self) -> int:
+        """Where the first query stands among the keys."""
         return self.S - self.T
 
 
@@ -43,8 +44,8 @@ class Lists(NamedTuple):
     clear: Tensor
 
 
-def from_levels(levels: Tensor, block_q: int, layout: Layout, reach: Reach) -> Lists:
-    """Lists of a map of levels, integers."""
+def check_levels(levels: Tensor, layout: Layout) -> None:
+    """ValueError for a level that blocks do not have."""
     known = torch.zeros(9, dtype=torch.bool)
     known[[0, *layout.levels]] = True
     if levels.numel() and not bool(
@@ -56,6 +57,22 @@ def from_levels(levels: Tensor, block_q: int, layout: Layout, reach: Reach) -> L
             f"block_sparse_attention: levels must be in {{{allowed}}} with blocks of "
             f"{layout.block} keys, got {', '.join(map(str, found[:5]))}"
         )
+
+
+def check_blocks(selected: Tensor, layout: Layout) -> None:
+    """ValueError for an index that is of no block."""
+    if selected.numel() and not bool(
+        (selected >= -1).all() and (selected < max(layout.blocks, 1)).all()
+    ):
+        raise ValueError(
+            f"selected_attention: selected must be in [-1, {layout.blocks}), got values from "
+            f"{int(selected.min())} to {int(selected.max())}"
+        )
+
+
+def from_levels(levels: Tensor, block_q: int, layout: Layout, reach: Reach) -> Lists:
+    """Lists of a map of levels, integers."""
+    check_levels(levels, layout)
     nq = levels.shape[2]
     rows = levels.flatten(0, 1)
     head, block, key = rows.nonzero(as_tuple=True)
@@ -65,13 +82,7 @@ def from_levels(levels: Tensor, block_q: int, layout: Layout, reach: Reach) -> L
 
 def from_blocks(selected: Tensor, block_q: int, layout: Layout, reach: Reach) -> Lists:
     """Lists of indices of key blocks; -1 is none, and what is named twice counts once."""
-    if selected.numel() and not bool(
-        (selected >= -1).all() and (selected < max(layout.blocks, 1)).all()
-    ):
-        raise ValueError(
-            f"selected_attention: selected must be in [-1, {layout.blocks}), got values from "
-            f"{int(selected.min())} to {int(selected.max())}"
-        )
+    check_blocks(selected, layout)
     nq = selected.shape[2]
     ordered = selected.flatten(0, 1).long().sort(-1).values
     new = ordered >= 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core.state import write_atomically
+from regard.ops.block_sparse.files import read_plan, write_plan
 
 LEVELS = (0, 1, 2, 4, 8)
 _KIND = "regard block plan 1"
@@ -104,31 +103,17 @@ class BlockPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes it as safetensors, atomically."""
-        from safetensors.torch import save  # not with regard itself
-
-        about = {
+        fields = {
             "T": self.T, "S": self.S, "block_q": self.block_q, "block_k": self.block_k,
             "grid": list(self.grid),
         }  # fmt: skip
-        content = save({"levels": self.levels.cpu().contiguous()},
-                       {"kind": _KIND, "plan": json.dumps(about)})  # fmt: skip
-        write_atomically(Path(path), content)
+        write_plan(path, _KIND, fields, {"levels": self.levels})
 
     @classmethod
     def load(cls, path: str | Path, grid: tuple[int, ...] | None = None) -> BlockPlan:
         """Reads what `save` wrote; ValueError for any other file, or for another grid."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = file.metadata() or {}
-                if about.get("kind") != _KIND:
-                    raise ValueError(f"BlockPlan.load: {path} is not a saved block plan")
-                fields: dict[str, Any] = json.loads(about["plan"])
-                levels = file.get_tensor("levels")
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"BlockPlan.load: {path} is damaged ({error})") from error
-        plan = cls(levels, **{**fields, "grid": tuple(fields["grid"])})
+        fields, tensors = read_plan("BlockPlan.load", path, _KIND, "block plan")
+        plan = cls(tensors["levels"], **{**fields, "grid": tuple(fields["grid"])})
         if grid is not None and plan.grid != tuple(grid):
             raise ValueError(
                 f"BlockPlan.load: {path} was made for the grid {plan.grid}, not {tuple(grid)}"

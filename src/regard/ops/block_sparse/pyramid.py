@@ -35,6 +35,7 @@ class Layout(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """Blocks of keys, the last of which may be shorter."""
         return -(-self.S // self.block)
 
     def count(self, level: int) -> int:
@@ -49,6 +50,7 @@ class Layout(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """Rows of all levels."""
         return sum(map(self.count, self.levels))
 
     def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -99,11 +99,13 @@ class _Grid(NamedTuple):
 
     @property
     def recent(self) -> Tensor:
+        """The block of keys in which each row of blocks ends, [nq, 1]."""
         rows = torch.arange(self.nq, device=self.device) + 1
         return ((rows * self.block_q - 1) // self.block_k).clamp(max=self.nk - 1)[:, None]
 
     @property
     def columns(self) -> Tensor:
+        """The numbers of the blocks of keys."""
         return torch.arange(self.nk, device=self.device)
 
     def dense(self, budget: int) -> Tensor:

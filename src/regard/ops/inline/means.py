@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
-from regard.ops.linear.mapped import batched
+from regard.core.mapped import batched
 
 BLOCK = 4096  # tokens whose gradients are summed at once
 

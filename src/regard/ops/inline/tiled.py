@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.core.precision import compute_dtype, without_autocast
 from regard.ops.inline.features import FEATURE_MAPS, differentiate
-from regard.ops.linear.mapped import batched
 from regard.ops.linear.tiles import tiles
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
-from regard.ops.linear.mapped import rowwise
+from regard.core.mapped import rowwise
 from regard.ops.linear.problem import IDENTITY, Feature
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from regard.core.checks import Sizes, check_choice, check_flag, check_float_operand, reject
 from regard.core.library import define
-from regard.ops.linear.mapped import rowwise
+from regard.core.mapped import rowwise
 from regard.ops.linear.problem import Feature
 
 ACTIVATIONS = ("softmax_dim", "exp_dim", "exp", "joint_softmax", "relu", "pos_elu")
@@ -134,17 +134,20 @@ def _through_the_largest(weighed: Tensor, phi: Tensor, largest: float) -> Tensor
 
 
 def fake(z: Tensor, activation: str, full_space: bool, shifted: bool) -> Tensor:
+    """The shape of an activation's result, of whichever form computes it."""
     return z.new_empty(*z.shape[:-1], width(activation, z.shape[-1], full_space))
 
 
 def fake_gradient(
     gradient: Tensor, phi: Tensor, activation: str, full_space: bool, shifted: bool
 ) -> Tensor:
+    """The shape of z and of its gradient, from the result that was kept."""
     halves = phi.shape[-1] // width(activation, 1, full_space)
     return phi.new_empty(*phi.shape[:-1], halves)
 
 
 def save_result(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps the result for the backward pass: no activation needs its z again."""
     ctx.options = inputs[1:]
     ctx.save_for_backward(output)
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.ops.linear.chunks import decay_shape
-from regard.ops.linear.mapped import batched
 
 
 def register(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.core.precision import compute_dtype, without_autocast
-from regard.ops.linear.mapped import batched
 from regard.ops.linear.problem import Problem, Solution, each_sequence
 from regard.ops.linear.tiles import tiles
 

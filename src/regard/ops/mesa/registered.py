@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.core.precision import without_autocast
 from regard.ops.linear.chunks import Chunks, through, to_end
-from regard.ops.linear.mapped import batched
 from regard.ops.mesa.systems import Solver, solve_rows, solve_shared
 
 

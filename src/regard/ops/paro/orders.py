@@ -8,7 +8,6 @@ released code; of any other number the permutations of the axes in lexicographic
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from itertools import permutations
 
 import torch
@@ -29,7 +28,6 @@ def codes_of(axes: int) -> tuple[tuple[int, ...], ...]:
     return _THREE if axes == 3 else tuple(permutations(range(axes)))
 
 
-@lru_cache(maxsize=64)
 def axis_orders(grid: tuple[int, ...], text: int = 0) -> Int[Tensor, "codes l"]:
     """The tokens in every order of the axes, int64 [codes, text + cells]: x[order[c]].
 
@@ -45,20 +43,50 @@ def axis_orders(grid: tuple[int, ...], text: int = 0) -> Int[Tensor, "codes l"]:
 def permute_heads(
     x: Float[Tensor, "b h l d"], codes: Int[Tensor, " h"], grid: tuple[int, ...], text: int = 0
 ) -> Float[Tensor, "b h l d"]:
-    """Every head's tokens in its own order of the axes; text stays in front."""
-    order = _orders("permute_heads", x, codes, grid, text)
-    return x.gather(2, order[None, :, :, None].expand_as(x))
+    """Every head's tokens in its own order of the axes; text stays in front.
+
+    >>> x = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 2, 4, 1)
+    >>> permute_heads(x, torch.tensor([0, 1]), (2, 2))[0, :, :, 0].tolist()
+    [[0.0, 1.0, 2.0, 3.0], [0.0, 2.0, 1.0, 3.0]]
+    """
+    _check_tokens("permute_heads", x, codes, grid, text)
+    return take(x, orders_of(codes, grid, text, x.device))
 
 
 def unpermute_heads(
     x: Float[Tensor, "b h l d"], codes: Int[Tensor, " h"], grid: tuple[int, ...], text: int = 0
 ) -> Float[Tensor, "b h l d"]:
     """Undoes `permute_heads`."""
-    order = _orders("unpermute_heads", x, codes, grid, text).argsort(1)
-    return x.gather(2, order[None, :, :, None].expand_as(x))
+    _check_tokens("unpermute_heads", x, codes, grid, text)
+    return take(x, inverse(orders_of(codes, grid, text, x.device)))
+
+
+def orders_of(
+    codes: Tensor, grid: tuple[int, ...], text: int, device: torch.device
+) -> Int[Tensor, "h l"]:
+    """The tokens of every head in its own order."""
+    orders = axis_orders(grid, text).to(device)
+    # `gather` refuses a code out of range, also a negative one.
+    return orders.gather(0, codes.to(device).long()[:, None].expand(-1, orders.shape[1]))
+
+
+def inverse(order: Int[Tensor, "h l"]) -> Int[Tensor, "h l"]:
+    """The permutations that undo these."""
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def take(x: Float[Tensor, "b hk l d"], order: Int[Tensor, "h l"]) -> Float[Tensor, "b h l d"]:
+    """Rows of x in the order of every head, H a multiple of Hk: whole rows are copied at once."""
+    (B, Hk, L, D), H = x.shape, order.shape[0]
+    head = torch.arange(H, device=x.device) // max(H // max(Hk, 1), 1)
+    image = torch.arange(B, device=x.device)[:, None] * Hk
+    index = (image + head)[..., None] * L + order
+    return torch.nn.functional.embedding(index, x.reshape(B * Hk * L, D))
 
 
 def check_grid(op: str, grid: object, text: object) -> None:
+    """ValueError unless grid is a tuple of positive ints and text an int of at least 0."""
     sizes = isinstance(grid, tuple) and all(
         isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid
     )
@@ -79,10 +107,9 @@ def check_codes(op: str, codes: Tensor, heads: int, axes: int) -> None:
         raise reject(op, "codes", f"in [0, {count})", words(str(codes.tolist())))
 
 
-def _orders(op: str, x: Tensor, codes: Tensor, grid: tuple[int, ...], text: int) -> Tensor:
+def _check_tokens(op: str, x: Tensor, codes: Tensor, grid: tuple[int, ...], text: int) -> None:
     check_grid(op, grid, text)
     if x.dim() != 4 or x.shape[2] != text + math.prod(grid):
         length = text + math.prod(grid)
         raise reject(op, "x", f"[B, H, {length}, D] for grid {grid} and text {text}", x)
     check_codes(op, codes, x.shape[1], len(grid))
-    return axis_orders(grid, text).to(x.device)[codes.to(x.device).long()]

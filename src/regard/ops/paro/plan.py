@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.core.state import write_atomically
+from regard.ops.block_sparse.files import read_plan, write_plan
 from regard.ops.paro.orders import check_codes, check_grid
 
 _KIND = "regard paro plan 1"
@@ -69,30 +67,19 @@ class ParoPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes it as safetensors, a bit per block, atomically."""
-        from safetensors.torch import save  # not with regard itself
-
-        about = {"grid": list(self.grid), "text": self.text, "block": self.block,
-                 "shape": list(self.masks.shape)}  # fmt: skip
-        tensors = {"codes": self.codes.cpu().long().contiguous(), "masks": pack(self.masks.cpu())}
-        write_atomically(Path(path), save(tensors, {"kind": _KIND, "plan": json.dumps(about)}))
+        fields = {
+            "grid": list(self.grid), "text": self.text, "block": self.block,
+            "shape": list(self.masks.shape),
+        }  # fmt: skip
+        tensors = {"codes": self.codes.long(), "masks": pack(self.masks)}
+        write_plan(path, _KIND, fields, tensors)
 
     @classmethod
     def load(cls, path: str | Path, grid: tuple[int, ...] | None = None) -> ParoPlan:
         """Reads what `save` wrote; ValueError for any other file, or for another grid."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                about: dict[str, Any] = file.metadata() or {}
-                if about.get("kind") != _KIND:
-                    raise ValueError(f"ParoPlan.load: {path} is not a saved plan of PAROAttention")
-                fields = json.loads(about["plan"])
-                codes, bits = file.get_tensor("codes"), file.get_tensor("masks")
-            masks = unpack(bits, tuple(fields.pop("shape")))
-            fields["grid"] = tuple(fields["grid"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"ParoPlan.load: {path} is damaged ({error})") from error
-        plan = cls(codes, masks, **fields)
+        fields, tensors = read_plan("ParoPlan.load", path, _KIND, "plan of PAROAttention")
+        masks = unpack(tensors["masks"], tuple(fields["shape"]))
+        plan = cls(tensors["codes"], masks, tuple(fields["grid"]), fields["text"], fields["block"])
         if grid is not None and plan.grid != tuple(grid):
             raise ValueError(
                 f"ParoPlan.load: {path} was made for the grid {plan.grid}, not {tuple(grid)}"

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.core.precision import without_autocast
-from regard.ops.linear.mapped import batched
 from regard.ops.rat import attend, scan
 from regard.ops.rat.attend import Inputs
 

@@ -7,14 +7,12 @@ k-fold copy of all keys never exists.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.core.library import define
+from regard.core.attention_pair import attention_pair
 from regard.ops.block_sparse.tile import attend, gradients
-from regard.ops.linear.mapped import batched
 
 # Numbers gathered at a time, and scores held at a time: 2 MB each in float32.
 GATHERED = 1 << 19
@@ -85,21 +83,18 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, route: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     routes = Routes(q, k, v, route, hidden)
-    out, lse = q.new_zeros(*q.shape[:4], v.shape[4]), q.new_full((*q.shape[:4], 1), -torch.inf)
+    out, lse = q.new_zeros(*q.shape[:4], v.shape[4]), q.new_full(q.shape[:4], -torch.inf)
     if not routes.width or not q.shape[3]:
         return out, lse
     queries, keys, values = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
     rows, sums = out.view(-1, *out.shape[3:]), lse.view(-1, *lse.shape[3:])
     for tiles in routes.tiles():
-        rows[tiles], sums[tiles] = attend(
+        rows[tiles], top = attend(
             queries[tiles], routes.gathered(keys, tiles), routes.gathered(values, tiles),
             routes.unseen(tiles),
         )  # fmt: skip
+        sums[tiles] = top.squeeze(2)
     return out, lse
-
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:4], v.shape[4]), q.new_empty(*q.shape[:4], 1)
 
 
 def _backward(
@@ -116,42 +111,12 @@ def _backward(
     for tiles in routes.tiles():
         dqs[tiles], d_keys, d_values = gradients(
             d_rows[tiles], queries[tiles], routes.gathered(keys, tiles),
-            routes.gathered(values, tiles), routes.unseen(tiles), rows[tiles], sums[tiles],
+            routes.gathered(values, tiles), routes.unseen(tiles), rows[tiles],
+            sums[tiles, :, None],
         )  # fmt: skip
         routes.spread(d_keys, dks, tiles)
         routes.spread(d_values, dvs, tiles)
     return dq, dk, dv
 
 
-def _fake_backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, d_out: Tensor, _: Any) -> tuple[Any, ...]:
-    *inputs, out, lse = ctx.saved_tensors
-    return *_gradient(d_out, out, lse, *inputs), None, None
-
-
-_gradient = define(
-    "routed_bwd",
-    f"(Tensor d_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    vmap=batched(lambda *given: _gradient(*given)),
-)
-routed = define(
-    "routed_fwd",
-    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    backward=_differentiate,
-    setup_context=_save,
-    vmap=batched(lambda *given: routed(*given)),
-)
+routed = attention_pair("routed", _ARGUMENTS, _forward, _backward)

@@ -75,7 +75,8 @@ def window_attention(
         scale: None is D ** -0.5; a number, a tensor [] or one per head [H].
         key_mask: bool [B, S], True = real key. A query whose window has no real key gives 0.
         tile: queries of a tile along each axis; changes results by rounding only.
-        impl: "auto", "eager" or "reference" (dense scores, differentiable twice).
+        impl: "auto", "native" (CPU), "triton" (GPU: windows of a sequence), "eager" or
+            "reference" (dense scores, differentiable twice).
 
     Precision: scores, weights and sums in float32 (float64 for float64 inputs).
     Cost: O(T w (D + Dv)) time for a window of w keys, times (1 + tile / width) per axis for

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.core.library import define
+from regard.core.attention_pair import attention_pair
 from regard.ops.block_sparse.tile import attend, gradients
-from regard.ops.linear.mapped import batched
 
 # Numbers gathered at a time, and scores held at a time: 2 MB each in float32.
 GATHERED = 1 << 19
@@ -115,7 +114,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, block: int, halo: int, inside: list[int]
 ) -> tuple[Tensor, Tensor]:
     windows = Windows(q, k, v, block, halo, inside)
-    out, lse = q.new_empty(*q.shape[:4], v.shape[3]), q.new_empty(*q.shape[:4], 1)
+    out, lse = q.new_empty(*q.shape[:4], v.shape[3]), q.new_empty(q.shape[:4])
     for part in windows.parts():
         keys, values = windows.gathered(k, v, part)
         block_q = q[part].flatten(0, 2)
@@ -123,12 +122,6 @@ def _forward(
         out[part] = rows.view(out[part].shape)
         lse[part] = top.view(lse[part].shape)
     return out, lse
-
-
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, block: int, halo: int, inside: list[int]
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:4], v.shape[3]), q.new_empty(*q.shape[:4], 1)
 
 
 def _backward(
@@ -142,7 +135,7 @@ def _backward(
         keys, values = windows.gathered(k, v, part)
         rows = [x[part].flatten(0, 2) for x in (d_out, q, out, lse)]
         found = gradients(
-            rows[0], rows[1], keys, values, windows.hidden(part, q), rows[2], rows[3]
+            rows[0], rows[1], keys, values, windows.hidden(part, q), rows[2], rows[3][..., None]
         )  # fmt: skip
         dq[part] = found[0].view(dq[part].shape)
         windows.spread(found[1][..., : k.shape[3]], dk, part)
@@ -150,36 +143,4 @@ def _backward(
     return dq, dk, dv
 
 
-def _fake_backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.settings = inputs[3:]
-
-
-def _differentiate(ctx: Any, d_out: Tensor, _: Any) -> tuple[Any, ...]:
-    *inputs, out, lse = ctx.saved_tensors
-    return *_gradient(d_out, out, lse, *inputs, *ctx.settings), None, None, None
-
-
-_gradient = define(
-    "halo_bwd",
-    f"(Tensor d_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    vmap=batched(lambda *given: _gradient(*given)),
-)
-halo_blocks = define(
-    "halo_fwd",
-    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    backward=_differentiate,
-    setup_context=_save,
-    vmap=batched(lambda *given: halo_blocks(*given)),
-)
+halo_blocks = attention_pair("halo", _ARGUMENTS, _forward, _backward)

@@ -19,7 +19,9 @@ from regard.core.checks import (
     reject,
 )
 from regard.core.precision import cast_for_autocast, compute_dtype, without_autocast
+from regard.ops.block_sparse import native
 from regard.ops.window.blocks import halo_blocks
+from regard.ops.window.blocks_native import halo_boxes, marked, remainders
 
 INDICES = ("timm", "exact")
 
@@ -93,19 +95,29 @@ def halo_attention(
         side = block // stride
         q = q.to(dtype).flatten(0, 1)
         q = pad(q, (0, 0, 0, right * side - columns, 0, down * side - rows))
-        q = q.view(-1, down, side, right, side, D).transpose(2, 3)
+        q = q.view(-1, down, side, right, side, D).transpose(2, 3).contiguous()
         scaled = q * D**-0.5
+        boxes = native.unavailable(q, k) is None and dtype == torch.float32
+        window = block + 2 * halo
         if rel_h is not None and rel_w is not None:
             asking = scaled if scale_rel else q
             step = stride if rel_index == "exact" else 1
             by_row, by_column = (
-                _placed(table.to(dtype), side, block + 2 * halo, step) for table in (rel_h, rel_w)
+                _placed(table.to(dtype), side, window, step) for table in (rel_h, rel_w)
             )
             high = torch.einsum("nuvyxd,yjd->nuvyxj", asking, by_row)
             wide = torch.einsum("nuvyxd,xjd->nuvyxj", asking, by_column)
+            if boxes:
+                high, wide = remainders(high, block, 1), remainders(wide, block, 2)
+                k = marked(k, window)
             scaled = torch.cat((scaled, high, wide), 5)
         inside = [H, W] if mask_padding else [-1, -1]
-        out = halo_blocks(scaled.flatten(3, 4), k, v, block, halo, inside)[0]
+        if boxes:
+            size = [down * block, right * block]
+            rows_of = (scaled.flatten(1, 4), k.flatten(1, 2), v.flatten(1, 2))
+            out = halo_boxes(*(x[:, None] for x in rows_of), block, halo, size, inside)[0]
+        else:
+            out = halo_blocks(scaled.flatten(3, 4), k, v, block, halo, inside)[0]
         out = out.view(-1, down, right, side, side, v.shape[3]).transpose(2, 3)
         out = out.reshape(B, n, down * side, right * side, v.shape[3])
         return out[:, :, :rows, :columns].to(given.dtype)

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.core.library import define
+from regard.core.attention_pair import attention_pair
 from regard.ops.block_sparse import eager
-from regard.ops.linear.mapped import batched
 from regard.ops.window.axes import Tiling, Window, tiling
 
 _ARGUMENTS = (
@@ -69,10 +68,6 @@ def _forward(
     return out.index_select(2, tiles.place), lse.index_select(2, tiles.place)
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
-
-
 def _backward(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     bias: Tensor | None, *settings: Any,
@@ -85,41 +80,4 @@ def _backward(
     return dq.index_select(2, tiles.place), dk, dv, d_bias
 
 
-def _fake_backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    bias: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    shapes = q.shape, k.shape, v.shape, (0,) if bias is None else bias.shape
-    return tuple(q.new_empty(shape) for shape in shapes)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.settings = inputs[4:]
-
-
-def _differentiate(ctx: Any, d_out: Tensor, _: Any) -> tuple[Any, ...]:
-    *inputs, out, lse = ctx.saved_tensors
-    *found, d_bias = _gradient(d_out, out, lse, *inputs, *ctx.settings)
-    if inputs[3] is None:
-        d_bias = None
-    return *found, d_bias, *(None for _ in ctx.settings)
-
-
-_gradient = define(
-    "window_bwd",
-    f"(Tensor d_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    vmap=batched(lambda *given: _gradient(*given)),
-)
-window = define(
-    "window_fwd",
-    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    backward=_differentiate,
-    setup_context=_save,
-    vmap=batched(lambda *given: window(*given)),
-)
+window = attention_pair("window", _ARGUMENTS, _forward, _backward, gradients=4)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import rowwise
 from regard.native import chosen, function
-from regard.ops.linear.mapped import rowwise
 from regard.ops.linear.native.walk import OP
 from regard.ops.linear.problem import Problem
 

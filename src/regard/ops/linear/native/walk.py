@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.native import chosen
-from regard.ops.linear.mapped import batched
 from regard.ops.linear.native.library import Call, kernel, operand, pointer
 
 OP = "linear_attention"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.gpu import interpreting
-from regard.ops.linear.mapped import batched
 from regard.ops.linear.triton.shapes import Options, of_backward, of_forward, room
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? key_mask, Tensor? S, Tensor? z"

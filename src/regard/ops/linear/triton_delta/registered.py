@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
-from regard.ops.linear.mapped import batched
+from regard.core.mapped import batched
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? state, float scale, "

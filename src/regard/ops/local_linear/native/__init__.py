@@ -3,7 +3,7 @@
 - `call.h`, `library.py`: what a kernel is told
 - `keys.h`, `tile.h`: a key head and a tile of queries made ready
 - `weigh.h`, `cg.h`, `direct.h`, `forward.c`: weights, the two solvers, the forward
-- `backward.h`, `spread.h`, `contribution.h`, `backward.c`: the backward
+- `backward.h`, `contribution.h`, `backward.c`: the backward
 - `rows.h`, `chunk.h`, `row_solve.h`, `decode.c`: a few rows against a long cache
 - `forward.py`, `backward.py`, `decode.py`: from the operands of the registered op to C
 """

@@ -1,18 +1,10 @@
-/* Scores, their exponentials, the sum of these and a weighted sum of rows, in one pass.
- *
- * A row's weights are 2^(score - shift). The shift is the largest score of the first block in
- * which the row sees a key; where a later block exceeds it by RAISE_ABOVE bits it is raised, and
- * what has been stored is multiplied down. So no later key changes a bit of the weights unless it
- * is 2^40 times heavier, nothing overflows, and one pass is enough.
- */
+/* Scores, their exponentials, the sum of these and a weighted sum of rows, in one pass: the
+ * weights of online.h. */
 #ifndef LOCAL_LINEAR_WEIGH_H
 #define LOCAL_LINEAR_WEIGH_H
 
-#include <math.h>
-
+#include "online.h"
 #include "tile.h"
-
-#define RAISE_ABOVE 40.0f
 
 static inline lanes *weights_of(const Tile *tile, Block block) {
     return tile->call->mode == AVERAGE ? tile->weights : tile->weights + block.at;
@@ -68,49 +60,11 @@ REGARD_SHARED void score_block(Tile *tile, Block block, lanes *scores, lanes top
 REGARD_SHARED void raise_shift(
     Tile *tile, Block block, const lanes top, lanes *sum, int64_t channels
 ) {
-    vector_mask raised[REGARD_VECTORS], any = {0}, stored = {0};
-    FOR_VECTORS(v) {
-        raised[v] = (vector_mask)(top[v] > tile->shift[v] + v_broadcast(RAISE_ABOVE));
-        any |= raised[v];
-        stored |= raised[v] & (vector_mask)(tile->total[v] != (vector){0});
-    }
-    if (!v_any(any)) return;
     lanes factor;
-    FOR_VECTORS(v) {
-        const vector smaller = v_exp2(tile->shift[v] - top[v]);
-        factor[v] = v_select(raised[v], smaller, v_broadcast(1));
-        tile->shift[v] = v_select(raised[v], top[v], tile->shift[v]);
-    }
-    if (!v_any(stored)) return; /* nothing but zeros */
-    FOR_VECTORS(v) tile->total[v] *= factor[v];
+    if (!online_raise(top, tile->shift, tile->total, factor)) return;
     for (int64_t c = 0; c < channels; c++) FOR_VECTORS(v) sum[c][v] *= factor[v];
     if (tile->call->mode == AVERAGE) return;
     for (int64_t j = 0; j < block.at; j++) FOR_VECTORS(v) tile->weights[j][v] *= factor[v];
-}
-
-REGARD_INLINE void exponentiate_(const int vectors, Tile *tile, Block block, lanes *weights) {
-    lanes shift, sum;
-    FOR_FIRST(v) {
-        const vector_mask none = (vector_mask)(tile->shift[v] == v_broadcast(-INFINITY));
-        shift[v] = v_keep(~none, tile->shift[v]);
-        sum[v] = (vector){0};
-    }
-    for (int64_t key = 0; key < block.count; key += REGARD_ROWS) {
-        lanes part; /* short sums first: a long one of floats loses digits */
-        FOR_FIRST(v) part[v] = (vector){0};
-        FOR_ROWS(r) FOR_FIRST(v) {
-            const vector weight = v_exp2(weights[key + r][v] - shift[v]);
-            weights[key + r][v] = weight;
-            part[v] += weight;
-        }
-        FOR_FIRST(v) sum[v] += part[v];
-    }
-    FOR_FIRST(v) tile->total[v] += sum[v];
-}
-
-/* Scores to weights, in place; adds them to the totals. */
-REGARD_SHARED void exponentiate(Tile *tile, Block block, lanes *weights) {
-    WITH_VECTORS(tile->vectors, exponentiate_, tile, block, weights);
 }
 
 /* lse of the original scores, natural; -inf where no key is seen. */
@@ -154,7 +108,7 @@ REGARD_SHARED lanes *weigh_block(Tile *tile, Block block, lanes *sum, int64_t ch
     lanes *weights = weights_of(tile, block), top;
     score_block(tile, block, weights, top);
     raise_shift(tile, block, top, sum, channels);
-    exponentiate(tile, block, weights);
+    online_weigh(tile->vectors, weights, block.count, tile->shift, tile->total);
     return weights;
 }
 

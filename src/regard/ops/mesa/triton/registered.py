@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
+from regard.core.mapped import batched
 from regard.ops.linear.chunked import default_chunk
-from regard.ops.linear.mapped import batched
 from regard.ops.mesa.registered import of_ridge
 
 _SUMS = "Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? past_keys"

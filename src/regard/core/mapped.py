@@ -1,4 +1,4 @@
-"""The vmap rules of the operators in this folder."""
+"""The vmap rules of operators: what `define(..., vmap=)` is given."""
 
 from __future__ import annotations
 

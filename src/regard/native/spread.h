@@ -5,8 +5,8 @@
  * Here the channels lie in the vectors and the factors A are broadcast: R keys x SPREAD_COLUMNS
  * vectors of channels are in registers.
  */
-#ifndef LOCAL_LINEAR_SPREAD_H
-#define LOCAL_LINEAR_SPREAD_H
+#ifndef REGARD_SPREAD_H
+#define REGARD_SPREAD_H
 
 #include "panel.h"
 
@@ -38,7 +38,7 @@ REGARD_INLINE void spread_some(
 }
 
 /* `count` keys, a multiple of R. */
-static void spread(
+REGARD_SHARED void spread(
     int64_t rows, const lanes *a, int64_t parts, int64_t step, const float *b, float *g,
     int64_t width, int64_t count
 ) {

@@ -1,0 +1,338 @@
+"""Attention of a tile of queries to the blocks of its list, and the sum of parts of a list.
+
+    s_ir = scale q_i . k_r + b_r,   o_i = sum_r exp2(s_ir - top_i) v_r / total_i
+
+with scores in bits (base 2). One program has M rows: queries of one block and, where heads share a
+list, of several heads. It walks over what is wholly seen at level 1, then over what is cut there,
+then over pooled rows likewise; only what is cut knows of positions.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regard.gpu.inside import head_of
+from regard.ops.block_sparse.triton.tile import (
+    LN2,
+    LOG2E,
+    first_pooled_row,
+    keys_in_reach,
+    plan_head,
+    rows_at,
+    tile_at,
+    visible,
+    weight_of_group,
+)
+
+
+@triton.jit
+def rows_of_queries(
+    tile, i, h0, T, stride_h, stride_t,
+    M: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Of the M rows of a tile of block i: head and query, whether they are there, their places."""
+    f = tile * M + tl.arange(0, M)
+    head = h0 + tl.minimum(f // BLOCK_Q, MEMBERS - 1)
+    query = i * BLOCK_Q + f % BLOCK_Q
+    there = (f < MEMBERS * BLOCK_Q) & (query < T)
+    places = head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_t
+    return head, query, there, places
+
+
+@triton.jit
+def level_one(
+    n, entries, count, first, gap, of_gap,
+    BLOCK_K: tl.constexpr, N: tl.constexpr, RANGES: tl.constexpr,
+):  # fmt: skip
+    """The keys of tile n of `count` blocks of a list, or of a range; and which are there.
+
+    Of a range, blocks from `first` on, those from number `gap` on `of_gap` further.
+    """
+    steps = tl.arange(0, N)
+    if RANGES:
+        at = first + n
+        at += tl.where(n >= gap, of_gap, 0)
+        keys = at * BLOCK_K + steps
+        there = steps < BLOCK_K
+    elif BLOCK_K % N == 0:
+        at = tl.load(entries + n // (BLOCK_K // N)) >> 4
+        keys = at * BLOCK_K + n % (BLOCK_K // N) * N + steps
+        there = steps < N
+    else:
+        row = n * N + steps
+        there = row < count * BLOCK_K
+        at = tl.load(entries + row // BLOCK_K, mask=there, other=0) >> 4
+        keys = at * BLOCK_K + row % BLOCK_K
+    return keys, there
+
+
+@triton.jit
+def clear_tile(
+    n, entries, count, first, k, v, kt, vt,
+    BLOCK_K: tl.constexpr, N: tl.constexpr, RANGES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a tile of blocks that are seen wholly."""
+    keys, there = level_one(n, entries, count, first, n + 1, 0, BLOCK_K, N, RANGES)
+    if BLOCK_K % N == 0:
+        if RANGES:
+            start = (first + n) * BLOCK_K
+        else:
+            at = tl.load(entries + n // (BLOCK_K // N)) >> 4
+            start = at * BLOCK_K + n % (BLOCK_K // N) * N
+        x = tile_at(k, start, kt, N, D, DP)
+        y = tile_at(v, start, vt, N, E, EP)
+    else:
+        x = rows_at(k, keys.to(tl.int64) * kt, there, D, DP)
+        y = rows_at(v, keys.to(tl.int64) * vt, there, E, EP)
+    return x, y, keys, there
+
+
+@triton.jit
+def pooled_row(
+    n, entries, count, S, R, level, BLOCK_K: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Rows, among the pooled ones, of tile n of `count` blocks of one level, R rows each."""
+    row = n * N + tl.arange(0, N)
+    there = row < count * R
+    at = tl.load(entries + row // R, mask=there, other=0) >> 4
+    group = at * R + row % R
+    return first_pooled_row(level, S) + group, group * level, there
+
+
+@triton.jit
+def pooled_cut_row(n, entries, count, S, BLOCK_K: tl.constexpr, N: tl.constexpr):
+    """The same of any level, half a block of rows each; and the level of each row."""
+    HALF: tl.constexpr = BLOCK_K // 2
+    row = n * N + tl.arange(0, N)
+    there = row < count * HALF
+    code = tl.load(entries + row // HALF, mask=there, other=2)
+    level = code & 15
+    R = BLOCK_K // level
+    group = (code >> 4) * R + row % HALF
+    there = there & (row % HALF < R) & (group * level < S)
+    return first_pooled_row(level, S) + group, group * level, level, there
+
+
+@triton.jit
+def _online(
+    s, factor, of_row, added, seen, top, total,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Weights of a tile, the new top and total, and by what earlier sums are to be multiplied.
+
+    PLAIN: `added` is one number for all keys; else a row. `factor` is one number or a column, and
+    `of_row` the same as one number or a vector.
+    """
+    if PLAIN and not MASKED:
+        new = tl.maximum(top, tl.max(s, 1) * of_row + added)
+        p = tl.exp2(s * factor - (new - added)[:, None])
+        shrink = tl.exp2(top - new)
+    else:
+        s = s * factor + added if PLAIN else s * factor + added[None, :]
+        if MASKED:
+            s = tl.where(seen, s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+    return p, new, total * shrink + tl.sum(p, 1), shrink
+
+
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "queries"])
+def forward_kernel(
+    q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, scales,
+    out, lse, part_out, part_top, part_total,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, sb, sh, scale,
+    T, S, left, right, width, tiles, queries,
+    H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    RANGES: tl.constexpr, POOLED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output [B, H, T, E] and log-sum-exp [B, H, T]; with SPLITS, parts of them in float32."""
+    split = tl.program_id(0) % SPLITS
+    program = tl.program_id(0) // SPLITS
+    user = program // tiles  # a head, or the heads that share a list
+    rest = tiles - 1 - program % tiles  # the last see the most
+    PER_BLOCK: tl.constexpr = (MEMBERS * BLOCK_Q + M - 1) // M
+    USERS: tl.constexpr = H // MEMBERS
+    b = user // USERS
+    h0 = user % USERS * MEMBERS
+    kv = h0 // (H // HK)
+    i = rest // PER_BLOCK
+    head, query, there, places = rows_of_queries(
+        rest % PER_BLOCK, i, h0, T, qh, qt, M, MEMBERS, BLOCK_Q
+    )
+    x = rows_at(q + b.to(tl.int64) * qb, places, there, D, DP)
+    factor = scale * LOG2E
+    if HAS_SCALES:
+        factor = tl.load(scales + b * sb + h0 * sh) * LOG2E
+        if MEMBERS > 1:
+            factor = tl.load(scales + b * sb + head * sh)[:, None] * LOG2E
+    k += b.to(tl.int64) * kb + kv * kh
+    v += b.to(tl.int64) * vb + kv * vh
+    if HAS_BIAS:
+        bias += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * S
+    position = (query + (S - T))[:, None]
+    # Where nothing is cut, a row's scores keep their order when multiplied: |factor| and a sign.
+    sign = tl.where(factor < 0, -1.0, 1.0)
+    x = (x * sign).to(x.dtype)
+    factor = tl.abs(factor)
+    of_row = factor
+    if HAS_SCALES and MEMBERS > 1:
+        of_row = tl.reshape(factor, [M])
+
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, EP], tl.float32)
+    first = 0
+    clear = 0
+    gap = 0
+    of_gap = 0
+    stop = 0
+    if RANGES:
+        first, whole, cut, last = keys_in_reach(
+            i, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
+        )
+        clear = cut - whole
+        gap = whole - first
+        of_gap = clear
+        stop = gap + last - cut
+        clear_tiles = clear
+        cut_tiles = stop
+        begin = whole
+        cuts = entries
+    else:
+        row = plan_head(b, h0, kv, SHARE, PH, H, HK) * queries + i
+        entries += row.to(tl.int64) * width
+        ends += row.to(tl.int64) * 8
+        clear = tl.load(ends)
+        at = tl.load(ends + 3)
+        stop = tl.load(ends + 4) - at
+        cuts = entries + at
+        clear_tiles = tl.cdiv(clear * BLOCK_K, N)
+        cut_tiles = tl.cdiv(stop * BLOCK_K, N)
+        begin = 0
+    for n in tl.range(split, clear_tiles, SPLITS):
+        keys, values, j, known = clear_tile(
+            n, entries, clear, begin, k, v, kt, vt, BLOCK_K, N, RANGES, D, DP, E, EP
+        )
+        s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
+        added = 0.0
+        if HAS_BIAS:
+            added = tl.load(bias + j, mask=known, other=0.0) * LOG2E
+        p, top, total, shrink = _online(
+            s, factor, of_row, added, known[None, :],
+            top, total, not HAS_BIAS, BLOCK_K % N != 0,
+        )  # fmt: skip
+        sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
+    for n in tl.range(split, cut_tiles, SPLITS):
+        j, known = level_one(n, cuts, stop, first, gap, of_gap, BLOCK_K, N, RANGES)
+        known = known & (j < S)
+        keys = rows_at(k, j.to(tl.int64) * kt, known, D, DP)
+        values = rows_at(v, j.to(tl.int64) * vt, known, E, EP)
+        s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
+        seen = known[None, :] & visible(
+            j[None, :], j[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+        )
+        added = 0.0
+        if HAS_BIAS:
+            added = tl.load(bias + j, mask=known, other=0.0) * LOG2E
+        p, top, total, shrink = _online(
+            s, factor, of_row, added, seen, top, total, not HAS_BIAS, True
+        )
+        sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
+    if POOLED:
+        pooled = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
+        coarse_k += (b * HK + kv).to(tl.int64) * pooled * D
+        coarse_v += (b * HK + kv).to(tl.int64) * pooled * E
+        if HAS_BIAS:
+            weights += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * pooled
+        for power in tl.range(1, 4):
+            level = 1 << power
+            R = BLOCK_K // level
+            at = tl.load(ends + power - 1)
+            count = tl.load(ends + power) - at
+            for n in tl.range(split, tl.cdiv(count * R, N), SPLITS):
+                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, N)
+                keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
+                values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+                s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
+                added = power * 1.0
+                if HAS_BIAS:
+                    added = tl.load(weights + rows, mask=known, other=0.0)
+                p, top, total, shrink = _online(
+                    s, factor, of_row, added, known[None, :], top, total, not HAS_BIAS, True
+                )
+                sums = tl.dot(
+                    p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION
+                )
+        at = tl.load(ends + 4)
+        count = tl.load(ends + 7) - at
+        for n in tl.range(split, tl.cdiv(count * (BLOCK_K // 2), N), SPLITS):
+            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, N)
+            keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
+            values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+            s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
+            last = tl.minimum(token + level, S) - 1
+            seen = known[None, :] & visible(
+                token[None, :], last[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_BIAS:
+                added = tl.load(weights + rows, mask=known, other=0.0)
+            else:
+                added = weight_of_group(level, token, S)
+            p, top, total, shrink = _online(s, factor, of_row, added, seen, top, total, False, True)
+            sums = tl.dot(
+                p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION
+            )
+    row = (b * H + head).to(tl.int64) * T + query
+    channels = tl.arange(0, EP)
+    target = row[:, None] * E + channels[None, :]
+    inside = there[:, None] & (channels < E)[None, :]
+    if SPLITS == 1:
+        some = total > 0
+        o = sums * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
+        tl.store(out + target, o.to(out.dtype.element_ty), mask=inside)
+        whole_lse = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
+        tl.store(lse + row, whole_lse, mask=there)
+    else:
+        of_split = split.to(tl.int64) * (tl.num_programs(0) // (SPLITS * tiles) * MEMBERS) * T
+        tl.store(part_out + of_split * E + target, sums, mask=inside)
+        tl.store(part_top + of_split + row, top, mask=there)
+        tl.store(part_total + of_split + row, total, mask=there)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def combine_kernel(
+    out, lse, part_out, part_top, part_total, rows,
+    E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One row from its parts."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, EP)
+    top = float("-inf")
+    for split in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(part_top + split * rows + row))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = 0.0
+    sums = tl.zeros([EP], tl.float32)
+    for split in tl.static_range(SPLITS):
+        share = tl.exp2(tl.load(part_top + split * rows + row) - safe)
+        total += share * tl.load(part_total + split * rows + row)
+        part = part_out + (split * rows + row) * E + channels
+        sums += share * tl.load(part, mask=channels < E, other=0.0)
+    some = total > 0
+    o = sums * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
+    tl.store(out + row * E + channels, o.to(out.dtype.element_ty), mask=channels < E)
+    whole = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
+    tl.store(lse + row, whole)

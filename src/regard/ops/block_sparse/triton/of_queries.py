@@ -1,0 +1,212 @@
+"""The gradient of queries, over the same lists as the forward; and what both gradients need first.
+
+With the weights p,
+
+    dS_ir = p_ir (dO_i . v_r - delta_i),   delta_i = dO_i . O_i,   dq_i = scale sum_r dS_ir k_r
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regard.gpu.inside import head_of
+from regard.ops.block_sparse.triton.forward import (
+    clear_tile,
+    level_one,
+    pooled_cut_row,
+    pooled_row,
+    rows_of_queries,
+)
+from regard.ops.block_sparse.triton.tile import (
+    LOG2E,
+    keys_in_reach,
+    plan_head,
+    rows_at,
+    visible,
+    weight_of_group,
+)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def prepare_kernel(
+    out, grad, lse, delta, shift, gb, gh, gt, T, rows,
+    H: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """delta_i, and log-sum-exp in bits: inf where nothing is seen or no loss looks."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    there = row < rows
+    pair = row // T
+    places = (pair // H).to(tl.int64) * gb + (pair % H).to(tl.int64) * gh
+    places += (row % T).to(tl.int64) * gt
+    g = rows_at(grad, places, there, E, EP).to(tl.float32)
+    o = rows_at(out, row.to(tl.int64) * E, there, E, EP).to(tl.float32)
+    level = tl.load(lse + row, mask=there, other=0.0)
+    idle = (tl.max(tl.abs(g), 1) == 0) | (level == float("-inf"))
+    found = tl.sum(tl.where(idle[:, None], 0.0, g * o), 1)
+    tl.store(delta + row, found, mask=there)
+    tl.store(shift + row, tl.where(idle, float("inf"), level * LOG2E), mask=there)
+
+
+@triton.jit
+def _slopes(
+    x, g, keys, values, factor, added, seen, shift, delta,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dS of a tile."""
+    s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
+    rest = tl.dot(g, tl.trans(values), input_precision=PRECISION)
+    if PLAIN:
+        p = tl.exp2(s * factor - (shift - added)[:, None])
+    else:
+        p = tl.exp2((s * factor - shift[:, None]) + added[None, :])
+    ds = p * (rest - delta[:, None])
+    if MASKED:  # 0 times a later key's product may be no 0
+        ds = tl.where(seen, ds, 0.0)
+    return ds
+
+
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "queries"])
+def queries_kernel(
+    q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, scales,
+    grad, delta, shift, grad_q,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
+    T, S, left, right, width, tiles, queries,
+    H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    RANGES: tl.constexpr, POOLED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries [B, H, T, D]."""
+    program = tl.program_id(0)
+    user = program // tiles
+    rest = tiles - 1 - program % tiles
+    PER_BLOCK: tl.constexpr = (MEMBERS * BLOCK_Q + M - 1) // M
+    USERS: tl.constexpr = H // MEMBERS
+    b = user // USERS
+    h0 = user % USERS * MEMBERS
+    kv = h0 // (H // HK)
+    i = rest // PER_BLOCK
+    head, query, there, places = rows_of_queries(
+        rest % PER_BLOCK, i, h0, T, qh, qt, M, MEMBERS, BLOCK_Q
+    )
+    x = rows_at(q + b.to(tl.int64) * qb, places, there, D, DP)
+    places = head.to(tl.int64) * gh + query.to(tl.int64) * gt
+    g = rows_at(grad + b.to(tl.int64) * gb, places, there, E, EP)
+    row = (b * H + head).to(tl.int64) * T + query
+    delta_row = tl.load(delta + row, mask=there, other=0.0)
+    shift_row = tl.load(shift + row, mask=there, other=float("inf"))
+    own = scale
+    if HAS_SCALES:
+        own = tl.load(scales + b * sb + h0 * sh)
+        if MEMBERS > 1:
+            own = tl.load(scales + b * sb + head * sh)[:, None]
+    factor = own * LOG2E
+    k += b.to(tl.int64) * kb + kv * kh
+    v += b.to(tl.int64) * vb + kv * vh
+    if HAS_BIAS:
+        bias += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * S
+    position = (query + (S - T))[:, None]
+
+    dq = tl.zeros([M, DP], tl.float32)
+    first = 0
+    gap = 0
+    of_gap = 0
+    if RANGES:
+        first, whole, cut, last = keys_in_reach(
+            i, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
+        )
+        clear = cut - whole
+        gap = whole - first
+        of_gap = clear
+        stop = gap + last - cut
+        clear_tiles = clear
+        cut_tiles = stop
+        begin = whole
+        cuts = entries
+    else:
+        of_list = plan_head(b, h0, kv, SHARE, PH, H, HK) * queries + i
+        entries += of_list.to(tl.int64) * width
+        ends += of_list.to(tl.int64) * 8
+        clear = tl.load(ends)
+        at = tl.load(ends + 3)
+        stop = tl.load(ends + 4) - at
+        cuts = entries + at
+        clear_tiles = tl.cdiv(clear * BLOCK_K, N)
+        cut_tiles = tl.cdiv(stop * BLOCK_K, N)
+        begin = 0
+    for n in tl.range(0, clear_tiles):
+        keys, values, j, known = clear_tile(
+            n, entries, clear, begin, k, v, kt, vt, BLOCK_K, N, RANGES, D, DP, E, EP
+        )
+        added = 0.0
+        if HAS_BIAS:
+            added = tl.load(bias + j, mask=known, other=0.0) * LOG2E
+        ds = _slopes(x, g, keys, values, factor, added, known[None, :], shift_row, delta_row,
+                     not HAS_BIAS, BLOCK_K % N != 0, PRECISION)  # fmt: skip
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+    for n in tl.range(0, cut_tiles):
+        j, known = level_one(n, cuts, stop, first, gap, of_gap, BLOCK_K, N, RANGES)
+        known = known & (j < S)
+        keys = rows_at(k, j.to(tl.int64) * kt, known, D, DP)
+        values = rows_at(v, j.to(tl.int64) * vt, known, E, EP)
+        seen = known[None, :] & visible(
+            j[None, :], j[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+        )
+        added = 0.0
+        if HAS_BIAS:
+            added = tl.load(bias + j, mask=known, other=0.0) * LOG2E
+        ds = _slopes(x, g, keys, values, factor, added, seen, shift_row, delta_row,
+                     not HAS_BIAS, True, PRECISION)  # fmt: skip
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+    if POOLED:
+        pooled = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
+        coarse_k += (b * HK + kv).to(tl.int64) * pooled * D
+        coarse_v += (b * HK + kv).to(tl.int64) * pooled * E
+        if HAS_BIAS:
+            weights += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * pooled
+        for power in tl.range(1, 4):
+            level = 1 << power
+            R = BLOCK_K // level
+            at = tl.load(ends + power - 1)
+            count = tl.load(ends + power) - at
+            for n in tl.range(0, tl.cdiv(count * R, N)):
+                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, N)
+                keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
+                values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+                added = power * 1.0
+                if HAS_BIAS:
+                    added = tl.load(weights + rows, mask=known, other=0.0)
+                ds = _slopes(x, g, keys, values, factor, added, known[None, :], shift_row,
+                             delta_row, not HAS_BIAS, True, PRECISION)  # fmt: skip
+                dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+        at = tl.load(ends + 4)
+        count = tl.load(ends + 7) - at
+        for n in tl.range(0, tl.cdiv(count * (BLOCK_K // 2), N)):
+            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, N)
+            keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
+            values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+            last_token = tl.minimum(token + level, S) - 1
+            seen = known[None, :] & visible(
+                token[None, :], last_token[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_BIAS:
+                added = tl.load(weights + rows, mask=known, other=0.0)
+            else:
+                added = weight_of_group(level, token, S)
+            ds = _slopes(x, g, keys, values, factor, added, seen, shift_row, delta_row,
+                         False, True, PRECISION)  # fmt: skip
+            dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+    channels = tl.arange(0, DP)
+    inside = there[:, None] & (channels < D)[None, :]
+    dq = dq * own
+    tl.store(
+        grad_q + row[:, None] * D + channels[None, :], dq.to(grad_q.dtype.element_ty), mask=inside
+    )

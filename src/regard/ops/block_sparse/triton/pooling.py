@@ -1,0 +1,102 @@
+"""Keys and values at the coarser levels, as `pyramid.py` defines them, and what they weigh.
+
+Rows of levels 2, 4 and 8 stand one after another. Nothing is computed where a plan pools nothing.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regard.gpu.inside import head_of
+from regard.ops.block_sparse.triton.tile import LOG2E, first_pooled_row
+
+
+@triton.jit
+def shares_of(bias, tokens, first, LEVEL: tl.constexpr, S, HAS_BIAS: tl.constexpr):
+    """Shares [G, LEVEL] of the tokens of groups, and log2 of what the groups weigh [G]."""
+    there = tokens < S
+    if HAS_BIAS:
+        b = tl.load(bias + tokens, mask=there, other=float("-inf")) * LOG2E
+        top = tl.max(b, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        e = tl.exp2(b - top[:, None])
+        total = tl.sum(e, 1)
+        some = total > 0
+        shares = e * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
+        weight = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    else:
+        count = tl.maximum(tl.minimum(S - first, LEVEL), 1).to(tl.float32)
+        shares = there.to(tl.float32) / count[:, None]
+        weight = tl.log2(count)
+    return shares, weight
+
+
+@triton.jit
+def _means(
+    source, target, tokens, stride, shares, rows, known, S,
+    D: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    for start in tl.static_range(0, D, PANEL):
+        channels = start + tl.arange(0, PANEL)
+        inside = channels < D
+        x = tl.load(
+            source + tokens.to(tl.int64)[:, :, None] * stride + channels[None, None, :],
+            mask=(tokens < S)[:, :, None] & inside[None, None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        mean = tl.sum(x * shares[:, :, None], 1)
+        tl.store(
+            target + rows.to(tl.int64)[:, None] * D + channels[None, :],
+            mean.to(target.dtype.element_ty), mask=known[:, None] & inside[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def _pool(
+    k, v, bias, coarse_k, coarse_v, weights, kt, vt, tile, S,
+    D: tl.constexpr, E: tl.constexpr, LEVEL: tl.constexpr, GROUPS: tl.constexpr,
+    PANEL: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """The GROUPS rows of one level that a tile has."""
+    group = tile * GROUPS + tl.arange(0, GROUPS)
+    first = group * LEVEL
+    tokens = first[:, None] + tl.arange(0, LEVEL)[None, :]
+    known = first < S
+    shares, weight = shares_of(bias, tokens, first, LEVEL, S, HAS_BIAS)
+    rows = first_pooled_row(LEVEL, S) + group
+    if HAS_BIAS:
+        tl.store(weights + rows, weight, mask=known)
+    _means(k, coarse_k, tokens, kt, shares, rows, known, S, D, PANEL)
+    _means(v, coarse_v, tokens, vt, shares, rows, known, S, E, PANEL)
+
+
+@triton.jit(do_not_specialize=["S", "tiles"])
+def pooling_kernel(
+    k, v, bias, pooled, coarse_k, coarse_v, weights,
+    kb, kh, kt, vb, vh, vt, S, tiles,
+    HK: tl.constexpr, BIAS_HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    G: tl.constexpr, PANEL: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Means of the groups of 8 G tokens: coarse_k [B HK, R, D], coarse_v, weights [B HB, R]."""
+    pair = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    b = (pair // HK).to(tl.int64)
+    h = pair % HK
+    k += b * kb + h * kh
+    v += b * vb + h * vh
+    count = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
+    coarse_k += pair.to(tl.int64) * count * D
+    coarse_v += pair.to(tl.int64) * count * E
+    of_bias = head_of(pair, HK, BIAS_HEADS).to(tl.int64)
+    if HAS_BIAS:
+        bias += of_bias * S
+        weights += of_bias * count
+    if tl.load(pooled) > 0:
+        for power in tl.static_range(1, 4):
+            _pool(
+                k, v, bias, coarse_k, coarse_v, weights, kt, vt, tile, S, D, E, 1 << power,
+                G * 8 // (1 << power), PANEL, HAS_BIAS,
+            )  # fmt: skip

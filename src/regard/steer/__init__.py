@@ -1,0 +1,1 @@
+"""Changing the attention of models that somebody else trained."""
