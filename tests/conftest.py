@@ -25,13 +25,19 @@ FAST_TIER_SECONDS = 12.0  # CPU time that the fast tier of the contract may take
 
 
 def is_here(need: str) -> bool:
-    """Whether this machine has it: "cuda", "two_gpus", "program:NAME", or a Python module."""
+    """Whether this machine has it: "cuda", "two_gpus", "program:NAME", "resource:NAME" (see
+    regard.testing.resources), or a Python module.
+    """
     if need == "cuda":
         return torch.cuda.is_available()
     if need == "two_gpus":
         return torch.cuda.device_count() >= 2
     if need.startswith("program:"):
         return shutil.which(need.removeprefix("program:")) is not None
+    if need.startswith("resource:"):
+        from regard.testing import resources
+
+        return resources.is_here(need.removeprefix("resource:"))
     return importlib.util.find_spec(need) is not None
 
 

@@ -29,7 +29,7 @@ print(json.dumps({"seconds": took, "megabytes": megabytes() - memory, "new": new
 """
 # Of the base installation, too, what only the command line or a picture needs.
 HEAVY = {"matplotlib", "typer", "rich", "click", "pandas", "scipy", "safetensors"}
-NAMES = {"scikit-learn": "sklearn"}
+NAMES = {"scikit-learn": "sklearn", "scikit-image": "skimage"}
 
 
 @pytest.fixture(scope="module")
