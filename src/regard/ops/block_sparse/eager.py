@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from regard.core.accumulate import add_rows
 from regard.ops.block_sparse.lists import Lists, Reach
 from regard.ops.block_sparse.pyramid import Layout
 
@@ -244,12 +245,12 @@ def backward(
             if resting is not None:
                 still = resting[piece.first : piece.last].reshape(n, group * block_q, 1)
                 weights.masked_fill_(still, 0.0)
-            dv[b, kv].index_add_(0, flat, torch.bmm(weights.mT, d_rows).view(-1, Dv))
+            add_rows(dv[b, kv], flat, torch.bmm(weights.mT, d_rows).view(-1, Dv))
             values = v[b, kv].index_select(0, flat).view(n, C, Dv)
             slopes = torch.bmm(d_rows, values.mT).sub_(less).mul_(weights)
             if bias is not None:
-                d_bias[b, at].index_add_(0, flat, slopes.sum(1).view(-1))
-            dk[b, kv].index_add_(0, flat, torch.bmm(slopes.mT, block).view(-1, D))
+                add_rows(d_bias[b, at], flat, slopes.sum(1).view(-1))
+            add_rows(dk[b, kv], flat, torch.bmm(slopes.mT, block).view(-1, D))
             t0, t1 = piece.first * block_q, min(piece.last * block_q, T)
             rows = torch.bmm(slopes, keys).view(n, group, block_q, D).transpose(0, 1).flatten(1, 2)
             dq[b, h0:h1, t0:t1] = rows[:, : t1 - t0]

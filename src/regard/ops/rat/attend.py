@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from regard.core.accumulate import add_rows
+
 SCORES = 1 << 19  # of one block
 MOST_ON_GPU = 1 << 23
 FEWEST_ROWS = 16
@@ -194,8 +196,10 @@ def _put_back(given: Inputs, x: Tensor) -> Tensor:
     Hk = given.k.shape[1]
     x = x.masked_fill((given.places < 0)[:, None, :, None], 0.0)
     x = x.view(B, Hk, H // Hk, T, D).sum(2)
-    at = given.places.clamp(min=0)[:, None, :, None].expand_as(x)
-    return x.new_zeros(given.k.shape).scatter_add_(2, at, x)
+    into = x.new_zeros(B, given.k.shape[2], Hk, D)
+    for row, at, of in zip(into, given.places.clamp(min=0).expand(B, T), x.transpose(1, 2), strict=True):
+        add_rows(row, at, of)
+    return into.transpose(1, 2).contiguous()
 
 
 def per_group(x: Tensor, y: Tensor) -> Tensor:

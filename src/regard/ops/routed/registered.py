@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from regard.core.accumulate import add_rows
 from regard.core.attention_pair import attention_pair
 from regard.ops.block_sparse.tile import attend, gradients
 
@@ -76,7 +77,7 @@ class Routes:
 
     def spread(self, rows: Tensor, into: Tensor, tiles: slice) -> None:
         """Adds rows [tiles, n * w, X] to the regions that they were gathered from."""
-        into.index_add_(0, self.index[tiles].flatten(), rows.view(-1, *into.shape[1:]))
+        add_rows(into, self.index[tiles].flatten(), rows.view(-1, *into.shape[1:]))
 
 
 def _forward(

@@ -115,10 +115,19 @@ def _solve(problem: Problem) -> Solution:
         problem.causal, *names, scale, normalised, minimum, epsilon, problem.wants_state,
     )  # fmt: skip
     if after is not None:
-        out = out * after.to(torch.float32)
+        out = _scaled(out, after.to(torch.float32))
     if not problem.wants_state:
         return Solution(out)
     return Solution(out, S, z if normalised else None)
+
+
+def _scaled(out: Tensor, scale: Tensor) -> Tensor:
+    """out * scale; rows that have overflowed have no part in the gradient of the scale.
+
+    Else a row that no loss looks at would: 0 times its inf is no zero.
+    """
+    finite = out.isfinite()
+    return torch.where(finite, torch.where(finite, out, 0.0) * scale, out * scale.detach())
 
 
 serve = each_sequence(_solve)

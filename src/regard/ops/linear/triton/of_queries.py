@@ -167,6 +167,11 @@ def queries_kernel(
             d1 += grad_b[:, None] * of_total[None, :]
             if TWO:
                 d2 += grad_b[:, None] * of_total_b[None, :]
+        # A row that no loss looks at has no gradient, even where the state has overflowed.
+        heard = (tl.max(tl.abs(n.to(tl.float32)), 1) != 0) | (grad_b != 0)
+        d1 = tl.where(heard[:, None], d1, 0.0)
+        if TWO:
+            d2 = tl.where(heard[:, None], d2, 0.0)
         if HAS_DECAY:
             entering = power(since)[:, None]
             d1 = times(entering, d1)

@@ -118,8 +118,9 @@ def refuse_gradients(call: Any) -> str | None:
     """
     if call.q.dtype != torch.float32 or gpu.interpreting() or not torch.is_grad_enabled():
         return None
-    operands = (x for x in vars(call).values() if isinstance(x, Tensor))
-    if any(x.requires_grad for x in operands):
+    # By the fields' names: vars() cannot be traced by torch.compile.
+    operands = (getattr(call, field) for field in type(call).__dataclass_fields__)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in operands):
         return "its gradients are not right in float32 where Triton compiles them"
     return None
 

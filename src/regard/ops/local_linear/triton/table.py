@@ -32,11 +32,11 @@ _HALF = {
     },
     "conjugate": {
         16: Config(64, 64, 4, 3), 32: Config(64, 64, 4, 3),
-        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 3),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
     },
     "output": {
         16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
-        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
+        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 2, None, True),
     },
     "given": {
         16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
