@@ -4,7 +4,8 @@
 `{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series,
 `{{ speed DEVICE }}` the times measured on a device, `{{ kernels DEVICE }}` those of the compiled
 forms, `{{ trained }}` what models learnt on a GPU, `{{ parallel }}` times on several devices,
-`{{ which linear }}` a comparison,
+`{{ which linear }}` a comparison, `{{ real speech }}` and `{{ real sentences }}` what was read in
+real models,
 `{{ file README.md }}` a file of the repository. A mechanism without a hand-written page gets one
 made from its card.
 """
@@ -36,7 +37,9 @@ def _beside(name: str) -> ModuleType:
     return module
 
 
-_readme, _performance, _measured = map(_beside, ("readme", "performance", "measured"))
+_readme, _performance, _measured, _real_models = map(
+    _beside, ("readme", "performance", "measured", "real_models")
+)
 
 TABLES = {
     "mechanisms": lambda: tables.table(link="{name}.md"),
@@ -81,7 +84,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(
         r"\{\{ speed (\w+) \}\}", lambda match: _readme.speed_table(match.group(1)), markdown
     )
-    markdown = _measured.filled(_performance.filled(markdown))
+    markdown = _real_models.filled(_measured.filled(_performance.filled(markdown)))
     return re.sub(r"\{\{ card (\w+) \}\}", lambda match: _card(match.group(1)), markdown)
 
 

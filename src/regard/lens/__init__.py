@@ -1,0 +1,1 @@
+"""Looking into attention: taps, and what can be read from them."""

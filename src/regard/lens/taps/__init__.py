@@ -1,0 +1,1 @@
+"""How a tap reaches into models: the call, the stations, and a file per kind of model."""
