@@ -199,12 +199,15 @@ def test_accuracy(isa: str, kind: str, D: int, ridge: float):
     assert found["native"] < max(1e-4, 1.2 * found["eager"])
 
 
-def test_a_common_offset_costs_nothing(isa: str):
-    q, k, v = of_kind("offset", 200, 64)
-    options = {"ridge": 0.1, "solver": "cg", "tol": 1e-6}
-    expected = local_linear_attention(q.double(), k.double(), v.double(), **options)
-    out = local_linear_attention(q, k, v, **options, impl="native")
-    assert relative_error(out, expected) < 1e-5
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", [{"solver": "cg", "tol": 1e-6}, {"solver": "direct"}], ids=str)
+def test_a_common_offset_costs_nothing(isa: str, options: dict[str, Any], causal: bool):
+    for seed in range(3):
+        q, k, v = of_kind("offset", 200, 64, seed)
+        options = {"causal": causal, "ridge": 0.1, **options}
+        expected = local_linear_attention(q.double(), k.double(), v.double(), **options)
+        out = local_linear_attention(q, k, v, **options, impl="native")
+        assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("solver", ["direct", "cg"])

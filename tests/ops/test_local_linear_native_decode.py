@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import regard
-from ops.samples import tensors
+from ops.samples import of_kind, tensors
 from regard.core.budgets import relative_error
 from regard.native.loader import limited_to
 from regard.ops import local_linear_attention, parallax_attention, softmax_attention
@@ -128,6 +128,20 @@ def test_prefill_and_steps_equal_the_parallel_call(solver: str):
         out, state = call(t0, t1, state)
         pieces.append(out)
     assert relative_error(torch.cat(pieces, 2), whole) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("options", [{"solver": "cg", "tol": 1e-6}, {"solver": "direct"}], ids=str)
+def test_a_common_offset_costs_nothing(isa: str, options: dict[str, Any]):
+    options = {"causal": True, "ridge": 0.1, **options}
+    q, k, v = of_kind("offset", 120, 64)
+    expected = local_linear_attention(q.double(), k.double(), v.double(), **options)
+    with limited_to(isa), torch.no_grad():
+        rows = [
+            local_linear_attention(q[:, :, t - 1 : t], k[:, :, :t], v[:, :, :t], **options)
+            for t in range(1, 121)
+        ]
+    assert relative_error(torch.cat(rows, 2), expected) < 1e-5
 
 
 @pytest.mark.skipif(not ISAS, reason="no native library")

@@ -143,9 +143,11 @@ def local_linear_attention(
     Precision:
         Computes in float32 for 16-bit inputs (error at most 1.3 times that of rounding them,
         measured for ridges from 0.1), in float64 for float64. At the default tolerance
-        float32 outputs are within about 5e-5 of float64 with "cg", 1e-6 to 2e-5 with "direct",
-        which refines its solution once. Keys are centred first, so a common offset of the keys
-        costs nothing; scores of several hundred do (1e-3 at worst, keys of norm 10, ridge 0.1).
+        float32 outputs are within about 5e-5 of float64 with "cg"; within 1e-5 at ridges from 0.1
+        with "direct", which refines its solution once, and with "cg" at tol <= 1e-6: both then
+        also take off what the rounding of mean keys leaves in covariances and weights. Keys are
+        centred first, so a common offset of the keys costs nothing; scores of several hundred do
+        (1e-3 at worst, keys of norm 10, ridge 0.1).
         A query that is not solved (tol not reached, a pivot below half the ridge, or a g so
         large that float32 rounding would reach 1e-3 of a weight) is solved again in float64.
         Each query decides on its own: results do not depend on the rest of the batch.

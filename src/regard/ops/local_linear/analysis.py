@@ -16,7 +16,7 @@ from regard.ops.local_linear.blockwise import Fit, fits, signed
 from regard.ops.local_linear.kernel import as_dot
 from regard.ops.local_linear.layout import Block, Inputs
 from regard.ops.local_linear.registered import inputs_of
-from regard.ops.local_linear.solve import Solver
+from regard.ops.local_linear.solve import Solver, wants_precision
 from regard.ops.local_linear.tiles import PANEL, Heads
 
 
@@ -90,7 +90,9 @@ def local_linear_weights(
         inputs = _inputs(call)
         B, H, T, D = q.shape
         weights = torch.zeros(B, H, T, k.shape[2], dtype=inputs.dtype, device=q.device)
-        how = Solver(forms.takes_direct(call), call.tol, call.max_iters or 2 * D + 8)
+        direct = forms.takes_direct(call)
+        precise = wants_precision(direct, call.tol)
+        how = Solver(direct, call.tol, call.max_iters or 2 * D + 8, precise)
         for heads, block, found, only in fits(inputs, how, 0):
             for c0, c1 in block.tiles():
                 target = weights[..., block.low + c0 : block.low + c1]

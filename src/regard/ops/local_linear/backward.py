@@ -203,7 +203,7 @@ def _one_block(
     if inputs.probe is not None:
         probe = Probe.given(g, right)
     else:
-        system = System(heads, block, weights, None, mean, ridge)
+        system = System(heads, block, weights, None, mean, ridge, solver.precise)
         probe = Probe.solve(system, solver, shift, right, g)
     if inputs.probe is None and solver.rescues(inputs.dtype):
         failed = probe.failed

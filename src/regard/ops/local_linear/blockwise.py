@@ -137,6 +137,7 @@ class Fit(NamedTuple):
     iterations: Tensor
     residual: Tensor
     failed: Tensor
+    at_zero: Tensor  # 1 - g . (k - kbar) at k = centre, or - g . k without an intercept
 
 
 def fits(
@@ -182,19 +183,32 @@ def fit(
     if inputs.absolute:
         ridge = ridge * torch.exp(-torch.where(some, lse, 0.0))
     right = torch.where(some, mean - (queries - heads.centre), 0.0)
-    system = System(heads, block, weights, inverse, mean, ridge)
+    system = System(heads, block, weights, inverse, mean, ridge, solver.precise)
     (solution,) = system.solve(solver, [right], [None])
     if last:
         solution = solution.final()
     if inputs.covariance_block:
         solution = solution._replace(x=joined(solution.x, right, inputs.covariance_block))
-    return Fit(weights, inverse, mean, ridge, lse, *solution)
+    at_zero = heads.offset(solution.x, mean)
+    if solver.precise and heads.intercept:
+        at_zero = _balanced(heads, block, weights, inverse, solution.x, at_zero)
+    return Fit(weights, inverse, mean, ridge, lse, *solution, at_zero)
+
+
+def _balanced(
+    heads: Heads, block: Block, weights: Tensor, inverse: Tensor, g: Tensor, at_zero: Tensor
+) -> Tensor:
+    """`at_zero` less what the signed weights then sum to beyond 1: the rounding of g . kbar."""
+    total = torch.zeros_like(at_zero)
+    for c0, c1 in block.tiles():
+        total += heads.weighted(block, weights, -g, at_zero, c0, c1).sum(-1, keepdim=True)
+    excess = total * inverse - 1
+    return torch.where(excess.abs() < 0.5, at_zero - excess, at_zero)
 
 
 def signed(heads: Heads, block: Block, found: Fit, c0: int, c1: int) -> Tensor:
     """p (1 - a) of a tile, times the sum of the weights, in scratch memory."""
-    at_zero = heads.offset(found.slope, found.mean)
-    return heads.weighted(block, found.weights, -found.slope, at_zero, c0, c1)
+    return heads.weighted(block, found.weights, -found.slope, found.at_zero, c0, c1)
 
 
 def _inverse(heads: Heads, inverse: Tensor, total: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from regard.core.precision import compute_dtype, without_autocast
 from regard.ops.local_linear import backward as gradients
 from regard.ops.local_linear import blockwise
 from regard.ops.local_linear.layout import Inputs
-from regard.ops.local_linear.solve import Solver
+from regard.ops.local_linear.solve import Solver, wants_precision
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor ridge, Tensor scale, Tensor? key_mask, "
@@ -53,7 +53,9 @@ class Options:
     def solver(self, D: int, *, backward: bool = False) -> Solver:
         """Of the forward, or of the backward, for a head size."""
         iterations = self.max_iters if self.max_iters > 0 else 2 * D + 8
-        return Solver(self.direct, self.tol_backward if backward else self.tol, iterations)
+        precise = wants_precision(self.direct, self.tol)  # of the forward for both
+        tol = self.tol_backward if backward else self.tol
+        return Solver(self.direct, tol, iterations, precise)
 
 
 class Extra(NamedTuple):

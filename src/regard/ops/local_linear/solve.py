@@ -59,6 +59,7 @@ class Solver:
     direct: bool
     tol: float
     max_iters: int
+    precise: bool = False  # also as to the rounding of means: see `wants_precision`
 
     def rescues(self, dtype: torch.dtype) -> bool:
         """Whether rows that fail are solved again, directly in float64.
@@ -66,6 +67,17 @@ class Solver:
         Not where tol = 0 forbids to ask, nor where that is what was done.
         """
         return self.tol > 0 and not (self.direct and dtype == torch.float64)
+
+
+def wants_precision(direct: bool, tol: float) -> bool:
+    """Whether more digits are asked for than a mean key in float32 leaves where g is large.
+
+    The keys of a causal call are centred on the first one, and lie as far from it as from each
+    other. g . kbar then carries 1e-5 of rounding, twice: in the covariance and in the weights.
+    Both can be taken off again, as both are known to be 0 otherwise; it costs one more product
+    with the keys, and a sum in every iteration.
+    """
+    return direct or tol <= 1e-6
 
 
 class Solution(NamedTuple):
@@ -92,10 +104,11 @@ class System:
     inverse: Tensor | None  # what normalises them [n, M, 1]; None: they sum to 1
     mean: Tensor  # of the centred keys, [n, M, D]
     ridge: Tensor  # effective, relative, [n, M, 1]
+    precise: bool = False
 
     def apply(self, x: Tensor) -> Tensor:
         """(C + lambda I) x."""
-        y = self.heads.covariance(self.block, self.weights, self.mean, x)
+        y = self.heads.covariance(self.block, self.weights, self.mean, x, self.precise)
         return torch.addcmul(y if self.inverse is None else y * self.inverse, self.ridge, x)
 
     def solve(

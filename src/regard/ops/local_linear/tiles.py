@@ -231,19 +231,26 @@ class Heads:
         at_mean = (g * mean).sum(-1, keepdim=True)
         return 1 + at_mean if self.intercept else at_mean
 
-    def covariance(self, block: Block, weights: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+    def covariance(
+        self, block: Block, weights: Tensor, mean: Tensor, x: Tensor, precise: bool
+    ) -> Tensor:
         """sum_j weights_j (x . (k_j - mean)) k_j: the weighted covariance applied to x.
 
         The mean is taken off before the second product, not after: that is what keeps float32
-        accurate where the keys that a row looks at lie far from the common centre.
+        accurate where the keys that a row looks at lie far from the common centre. `precise`
+        takes it off the second factor as well, which matters to what rounding left in the first:
+        exactly it sums to 0.
         """
         total = torch.zeros_like(x)
         if self.width == x.shape[2]:
             shift = -(x * mean).sum(-1, keepdim=True)
+            rest = torch.zeros_like(shift)
             for c0, c1 in block.tiles():
                 tile = self.weighted(block, weights, x, shift, c0, c1)
                 self.collect(total, tile, self.keys(block, c0, c1))
-            return total
+                if precise:
+                    rest += tile.sum(-1, keepdim=True)
+            return total.addcmul_(rest, mean, value=-1) if precise else total
         for at in self.spans():
             part, goal = x[..., at], total[..., at]
             shift = (part * mean[..., at]).sum(-1, keepdim=True)
@@ -253,6 +260,8 @@ class Heads:
                 torch.bmm(part, keys.mT, out=tile).sub_(shift).mul_(weights[:, :, c0:c1])
                 block.blank(tile, self.shape(block), c0, c1)
                 goal.baddbmm_(tile, keys)
+                if precise:
+                    goal.addcmul_(tile.sum(-1, keepdim=True), mean[..., at], value=-1)
         return total
 
     def spans(self) -> list[slice]:

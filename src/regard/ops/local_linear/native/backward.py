@@ -51,7 +51,7 @@ def backward(
     if inputs.q.numel() == 0 or inputs.k.shape[2] == 0:
         return gradients.finish(inputs, sums, wanted)
     solver = options.solver(inputs.q.shape[3], backward=True)
-    call, kept = call_of(inputs, solver.direct, solver.tol, solver.max_iters)
+    call, kept = call_of(inputs, solver)
     solved = call.mode == SOLVED
     if call.mode == AVERAGE:
         call.mode = GIVEN  # g = 0, and the weights of all keys are kept

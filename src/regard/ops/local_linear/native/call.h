@@ -24,6 +24,7 @@ typedef struct {
     int64_t causal;                  /* a decay is read at the query's position, not at the end */
     int64_t banded;                  /* some query does not see all: centred at the first key */
     int64_t intercept, absolute, mode, direct;
+    int64_t precise; /* also as to the rounding of means (solve.py says more) */
     int64_t max_iters, threads;
     double tol;
     Operand q, k, v, probe; /* rows are tokens */

@@ -14,13 +14,15 @@
 #define FOR_LIVE(v) for (int v = 0; v < live; v++)
 
 /* y = (C + lambda I) x. The mean is taken off before the second product, which keeps float32
- * accurate where the keys that a row looks at lie far from the common centre. */
+ * accurate where the keys that a row looks at lie far from the common centre; to be precise, off
+ * the second factor as well, for what rounding has left in the first, which exactly sums to 0. */
 REGARD_SHARED void tile_apply(Tile *tile, const lanes *x, lanes *y) {
     const Panel panel = tile->keys->k_panel;
     const int64_t channels = panel.groups * REGARD_ROWS;
     const int live = tile->vectors;
-    lanes constant;
-    FOR_VECTORS(v) constant[v] = (vector){0};
+    const int precise = tile->call->precise != 0;
+    lanes constant, rest;
+    FOR_VECTORS(v) constant[v] = rest[v] = (vector){0};
     for (int64_t c = 0; c < channels; c++)
         FOR_LIVE(v) constant[v] -= x[c][v] * tile->mean[c][v];
     memset(y, 0, (size_t)channels * sizeof(lanes));
@@ -31,12 +33,16 @@ REGARD_SHARED void tile_apply(Tile *tile, const lanes *x, lanes *y) {
             tile->vectors, k, panel, block.count, x, constant,
             (const lanes *)tile->weights + block.at, tile->scratch, block.cut
         );
+        if (precise) add_weights(tile->vectors, block.count, (const lanes *)tile->scratch, rest);
         panel_collect(
             tile->vectors, k, panel, block.count, (const lanes *)tile->scratch, y
         );
     }
     for (int64_t c = 0; c < channels; c++)
-        FOR_LIVE(v) y[c][v] = y[c][v] * tile->inverse[v] + tile->ridge[v] * x[c][v];
+        FOR_LIVE(v) {
+            if (precise) y[c][v] -= rest[v] * tile->mean[c][v];
+            y[c][v] = y[c][v] * tile->inverse[v] + tile->ridge[v] * x[c][v];
+        }
 }
 
 static inline void lanes_dot(const lanes *x, const lanes *y, int64_t channels, lanes result) {

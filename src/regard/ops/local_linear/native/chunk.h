@@ -233,6 +233,16 @@ static void merge(const Head *h, int64_t r, float *to, float factor, int64_t pad
     }
 }
 
+/* The sum of what a phase has weighted, relative to that of the weights. */
+static float sum_of(const Head *h, int64_t r) {
+    float total = 0;
+    for (int64_t c = 0; c < h->chunks; c++) {
+        const Part *part = h->part + c * h->rows + r;
+        total += share(h->row + r, part) * part->sum;
+    }
+    return total;
+}
+
 /* Shift, normaliser and log-sum-exp of every row, after SCORES. */
 static void normalise(Head *h) {
     const Call *call = h->call;

@@ -65,6 +65,22 @@ static void set_system(const Head *h, Row *row, int64_t r) {
     }
 }
 
+/* What the signed weights of every row sum to beyond 1, the rounding of g . kbar, off their
+ * constant. */
+static void balance(Task *task, int64_t thread) {
+    Head *h = &task->head;
+    float constant[h->rows];
+    for (int64_t r = 0; r < h->rows; r++) {
+        constant[r] = h->row[r].constant;
+        h->row[r].constant -= 1; /* the phase gives sums of p (g . kbar - g . k) */
+    }
+    do_phase(task, thread, COVARIANCE);
+    for (int64_t r = 0; r < h->rows; r++) {
+        const float excess = sum_of(h, r);
+        h->row[r].constant = constant[r] - (fabsf(excess) < 0.5f ? excess : 0);
+    }
+}
+
 static void do_head(Task *task, int64_t thread, int64_t number, float *centre) {
     Head *h = &task->head;
     const Call *call = h->call;
@@ -116,12 +132,12 @@ static void do_head(Task *task, int64_t thread, int64_t number, float *centre) {
             row->constant = row->at_mean;
         }
     }
+    if (call->mode == SOLVED && call->precise && call->intercept) balance(task, thread);
     do_phase(task, thread, OUTPUT);
     for (int64_t r = 0; r < h->rows; r++) {
         Row *row = h->row + r;
-        float total = 0, factor = 1;
-        for (int64_t c = 0; c < h->chunks; c++)
-            total += share(row, h->part + c * h->rows + r) * h->part[c * h->rows + r].sum;
+        const float total = sum_of(h, r);
+        float factor = 1;
         /* The signed weights sum to 1 but for rounding, which a large g would make visible. */
         if (call->intercept && fabsf(total - 1) < 0.5f) factor = 1 / total;
         float *out = call->out + row->at * call->value_channels;

@@ -22,11 +22,11 @@ from regard.ops.local_linear.call import OP, Answer, Call, operands, options, ri
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.native.library import AVERAGE, GIVEN, SOLVED
 from regard.ops.local_linear.registered import Options, inputs_of
-from regard.ops.local_linear.solve import Solver
+from regard.ops.local_linear.solve import Solver, wants_precision
 
 MOST_ROWS = 8  # queries x group: up to here half the time of a tile or less, measured
 LEAST_WORK = 1 << 21  # numbers in all keys below which a second thread costs more than it saves
-_CALL = struct.Struct("=19q d 66q 7q")  # `Call` of call.h: integers, tol, 11 operands, 7 results
+_CALL = struct.Struct("=20q d 66q 7q")  # `Call` of call.h: integers, tol, 11 operands, 7 results
 _NONE = (0, 0, 0, 0, 0, 0)
 _PLAIN = {Tensor, torch.nn.Parameter}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -73,7 +73,8 @@ def decode(call: Call, direct: bool) -> Answer:
     scale = D**-0.5 if call.scale is None else call.scale
     scale = scale.float()[None] if isinstance(scale, Tensor) else float(scale)
     left, right = call.window if call.window is not None else (-1, -1)
-    solver = Solver(direct, call.tol, call.max_iters or 2 * D + 8)
+    precise = wants_precision(direct, call.tol)
+    solver = Solver(direct, call.tol, call.max_iters or 2 * D + 8, precise)
     mode = AVERAGE if call.average else SOLVED if call.probe is None else GIVEN
     result, failed = _run(
         q, call.k, call.v, ridge, scale, call.key_mask, call.key_bias, decay, call.row_bias,
@@ -126,8 +127,8 @@ def _run(
         B, H, Hk, T, S, D, Dv,
         0 if key_bias is None else key_bias.shape[1], 0 if sums is None else sums.shape[1],
         left, right, causal, (left, right) != (-1, -1), intercept, absolute, mode, solver.direct,
-        solver.max_iters, torch.get_num_threads() if B * Hk * S * D >= LEAST_WORK else 1,
-        solver.tol,
+        solver.precise, solver.max_iters,
+        torch.get_num_threads() if B * Hk * S * D >= LEAST_WORK else 1, solver.tol,
         *_matrix(q), *_matrix(k), *_matrix(v), *(_NONE if probe is None else _matrix(probe)),
         *_rows(ridges), *_rows(scales), *_mask(key_mask), *_rows(key_bias), *_rows(sums),
         *_rows(first), *_rows(row_bias),

@@ -27,23 +27,9 @@ static void normalise(Tile *tile, const lanes total) {
         FOR_VECTORS(v) tile->out[c][v] *= inverse[v];
 }
 
-REGARD_INLINE void add_weights_(
-    const int vectors, int64_t count, const lanes *weights, vector *total
-) {
-    lanes sum;
-    FOR_FIRST(v) sum[v] = (vector){0};
-    for (int64_t key = 0; key < count; key += REGARD_ROWS) {
-        lanes part;
-        FOR_FIRST(v) part[v] = (vector){0};
-        FOR_ROWS(r) FOR_FIRST(v) part[v] += weights[key + r][v];
-        FOR_FIRST(v) sum[v] += part[v];
-    }
-    FOR_FIRST(v) total[v] += sum[v];
-}
-
 /* Adds weights [count] and what they weigh of the values of a block. */
 static void collect_values(Tile *tile, Block block, const lanes *weights, lanes total) {
-    WITH_VECTORS(tile->vectors, add_weights_, block.count, weights, total);
+    add_weights(tile->vectors, block.count, weights, total);
     panel_collect(
         tile->vectors, block_of_v(tile, block), tile->keys->v_panel, block.count, weights, tile->out
     );
@@ -54,16 +40,54 @@ static void clear_out(Tile *tile, lanes total) {
     memset(tile->out, 0, (size_t)(tile->keys->v_panel.groups * REGARD_ROWS) * sizeof(lanes));
 }
 
+REGARD_INLINE void sum_signed_(
+    const int vectors, const Tile *tile, Block block, const vector *constant, vector *total
+) {
+    const float *k = block_of_k(tile, block);
+    lanes sum;
+    FOR_FIRST(v) sum[v] = (vector){0};
+    for (int64_t key = 0; key < block.count; key += REGARD_ROWS) {
+        vector acc[REGARD_ROWS][REGARD_VECTORS];
+        FOR_ROWS(r) FOR_FIRST(v) acc[r][v] = constant[v];
+        panel_dot_of(vectors, k, tile->keys->k_panel, key, (const lanes *)tile->x, acc);
+        lanes part;
+        FOR_FIRST(v) part[v] = (vector){0};
+        FOR_ROWS(r) FOR_FIRST(v) {
+            const vector weight = tile->weights[block.at + key + r][v];
+            part[v] += v_keep((vector_mask)(weight != (vector){0}), weight * acc[r][v]);
+        }
+        FOR_FIRST(v) sum[v] += part[v];
+    }
+    FOR_FIRST(v) total[v] += sum[v];
+}
+
+/* `constant` less what the signed weights w_j (constant + x . k_j) then sum to beyond 1: the
+ * rounding of g . kbar. */
+static void balance(const Tile *tile, lanes constant) {
+    lanes total;
+    FOR_VECTORS(v) total[v] = (vector){0};
+    for (int64_t i = 0; i < tile->blocks; i++)
+        WITH_VECTORS(tile->vectors, sum_signed_, tile, tile_block(tile, i), constant, total);
+    FOR_VECTORS(v) {
+        const vector excess = total[v] * tile->inverse[v] - 1.0f;
+        const vector_mask close = (vector_mask)(excess < v_broadcast(0.5f)) &
+                                  (vector_mask)(excess > v_broadcast(-0.5f));
+        constant[v] -= v_keep(close, excess);
+    }
+}
+
 /* g solved for: sum_j w_j (1 + g . kbar - g . k_j) v_j. */
 static void attend_solved(Tile *tile) {
+    const Call *call = tile->call;
     const Panel panel = tile->keys->k_panel;
     const int64_t channels = panel.groups * REGARD_ROWS;
     weigh(tile);
     solve(tile);
     lanes constant, total;
     lanes_dot(tile->g, tile->mean, channels, constant);
-    if (tile->call->intercept) FOR_VECTORS(v) constant[v] += 1.0f;
+    if (call->intercept) FOR_VECTORS(v) constant[v] += 1.0f;
     for (int64_t c = 0; c < channels; c++) FOR_VECTORS(v) tile->x[c][v] = -tile->g[c][v];
+    if (call->intercept && call->precise) balance(tile, constant);
     clear_out(tile, total);
     for (int64_t i = 0; i < tile->blocks; i++) {
         const Block block = tile_block(tile, i);

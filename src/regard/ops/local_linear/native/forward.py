@@ -14,6 +14,7 @@ from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.native import decode
 from regard.ops.local_linear.native.library import AVERAGE, GIVEN, SOLVED, Call, kernel, operand
 from regard.ops.local_linear.registered import Options
+from regard.ops.local_linear.solve import Solver
 
 OP = "local_linear_attention"
 # Pairs of a query and a key, times channels, from which a second thread is worth its 30 us: about
@@ -60,7 +61,7 @@ def _forward(inputs: Inputs, options: Options, factors: Tensor | None) -> blockw
     if out.dtype != torch.float32:
         out = torch.empty_like(out, dtype=torch.float32)
     failed = q.new_zeros(q.shape[:3], dtype=torch.bool)
-    call, kept = call_of(inputs, solver.direct, solver.tol, solver.max_iters)
+    call, kept = call_of(inputs, solver)
     call.out, call.slope, call.lse = out.data_ptr(), result.slope.data_ptr(), result.lse.data_ptr()
     call.iterations, call.residual = result.iterations.data_ptr(), result.residual.data_ptr()
     call.failed = failed.data_ptr()
@@ -81,7 +82,7 @@ def run(call: Call, name: str) -> None:
         raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
 
 
-def call_of(inputs: Inputs, direct: bool, tol: float, max_iters: int) -> tuple[Call, list[Tensor]]:
+def call_of(inputs: Inputs, solver: Solver) -> tuple[Call, list[Tensor]]:
     """All but the results of a call, and the tensors that must live as long as it does."""
     kept: list[Tensor] = []
 
@@ -107,8 +108,8 @@ def call_of(inputs: Inputs, direct: bool, tol: float, max_iters: int) -> tuple[C
         bias_heads=inputs.key_bias.shape[1] if inputs.key_bias is not None else 0,
         decay_heads=sums.shape[1] if sums is not None else 0,
         left=left, right=right, causal=inputs.causal, banded=(left, right) != (-1, -1),
-        intercept=inputs.intercept, absolute=inputs.absolute, mode=mode, direct=direct,
-        max_iters=max_iters, tol=tol,
+        intercept=inputs.intercept, absolute=inputs.absolute, mode=mode,
+        direct=solver.direct, precise=solver.precise, max_iters=solver.max_iters, tol=solver.tol,
         q=of(q, "bhrc", *data), k=of(k, "bhrc", *data), v=of(v, "bhrc", *data),
         probe=of(inputs.probe, "bhrc", *full),
         ridge=of(inputs.ridge.expand(B, H, T), "bhr", *full),

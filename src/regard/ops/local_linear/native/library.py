@@ -16,7 +16,7 @@ SOLVED, GIVEN, AVERAGE = 0, 1, 2  # where the probe g comes from
 _INTEGERS = (
     "batch", "heads", "key_heads", "queries", "keys", "channels", "value_channels", "bias_heads",
     "decay_heads", "left", "right", "causal", "banded", "intercept", "absolute", "mode", "direct",
-    "max_iters", "threads",
+    "precise", "max_iters", "threads",
 )  # fmt: skip
 _OPERANDS = (
     "q", "k", "v", "probe", "ridge", "scale", "key_mask", "key_bias", "decay_sums", "decay_first",

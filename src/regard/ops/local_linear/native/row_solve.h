@@ -94,6 +94,9 @@ static void apply(Task *task, int64_t thread) {
         Row *row = h->row + r;
         if (!row->active) continue;
         merge(h, r, row->applied, -1, h->padded); /* the phase gives (c - x . k) k */
+        /* Exactly the (c - x . k) sum to 0: what rounding left of them is taken off the second
+         * factor as well. */
+        if (h->call->precise) add(row->applied, sum_of(h, r), row->mean, h->padded);
         add(row->applied, row->ridge, row->x, h->padded);
     }
 }

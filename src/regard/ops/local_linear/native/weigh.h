@@ -112,6 +112,25 @@ REGARD_SHARED lanes *weigh_block(Tile *tile, Block block, lanes *sum, int64_t ch
     return weights;
 }
 
+REGARD_INLINE void add_weights_(
+    const int vectors, int64_t count, const lanes *weights, vector *total
+) {
+    lanes sum;
+    FOR_FIRST(v) sum[v] = (vector){0};
+    for (int64_t key = 0; key < count; key += REGARD_ROWS) {
+        lanes part;
+        FOR_FIRST(v) part[v] = (vector){0};
+        FOR_ROWS(r) FOR_FIRST(v) part[v] += weights[key + r][v];
+        FOR_FIRST(v) sum[v] += part[v];
+    }
+    FOR_FIRST(v) total[v] += sum[v];
+}
+
+/* total += weights [count] */
+REGARD_SHARED void add_weights(int vectors, int64_t count, const lanes *weights, lanes total) {
+    WITH_VECTORS(vectors, add_weights_, count, weights, total);
+}
+
 /* Weights of all keys, their totals, and their mean key. */
 REGARD_SHARED void weigh(Tile *tile) {
     const Panel panel = tile->keys->k_panel;
