@@ -18,7 +18,10 @@ from regard.core.state import load_state
 from regard.explain import explain
 
 if TYPE_CHECKING:
-    from regard import bench, mixers, models, native, parallel, recipes, sklearn, tasks, testing
+    from regard import (
+        adapt, bench, lens, mixers, models, parallel, recipes, sklearn, sparse, steer, tasks,
+        testing,
+    )  # fmt: skip
     from regard.bench.compare import compare
     from regard.models import create_model
     from regard.torch_api import scaled_dot_product_attention
@@ -33,9 +36,11 @@ mechanisms = Mechanisms("regard.ops")
 # Rooms that a call of an op does not need are imported when they are first named: a module, or
 # `module:attribute`.
 _LAZY = {
+    "adapt": "regard.adapt",
     "bench": "regard.bench",
     "compare": "regard.bench.compare:compare",
     "create_model": "regard.models:create_model",
+    "lens": "regard.lens",
     "mixers": "regard.mixers",
     "models": "regard.models",
     "native": "regard.native",
@@ -43,6 +48,8 @@ _LAZY = {
     "recipes": "regard.recipes",
     "scaled_dot_product_attention": "regard.torch_api:scaled_dot_product_attention",
     "sklearn": "regard.sklearn",
+    "sparse": "regard.sparse",
+    "steer": "regard.steer",
     "tasks": "regard.tasks",
     "testing": "regard.testing",
 }
@@ -66,10 +73,12 @@ __all__ = [
     "Operand",
     "Paper",
     "Pattern",
+    "adapt",
     "bench",
     "compare",
     "create_model",
     "explain",
+    "lens",
     "load_state",
     "mechanisms",
     "mixers",
@@ -80,6 +89,8 @@ __all__ = [
     "recipes",
     "scaled_dot_product_attention",
     "sklearn",
+    "sparse",
+    "steer",
     "tasks",
     "testing",
 ]
