@@ -27,7 +27,7 @@ from regard.lens.agreement import ranks
 from regard.lens.entropy import entropies
 from regard.lens.records import drawing, plain
 from regard.lens.sinks import sinks
-from regard.steer.act_calibration import act_calibration
+from regard.steer import act_calibration
 from regard.testing import resources
 
 RESULTS = Path(__file__).parent / "results"
@@ -165,7 +165,7 @@ def main() -> int:
             bottom = bottom + values
         axes[0, 0].set(xlabel="layer", title="attention by kind of token (sum of column means)")
         axes[0, 0].title.set_fontsize(9)
-        axes[0, 0].legend(fontsize=7)
+        axes[0, 0].legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         image = axes[0, 1].imshow(found.mass, vmin=0, vmax=1, aspect="auto")
         axes[0, 1].set(xlabel="head", ylabel="layer", title="share of attention on sinks")
         axes[0, 1].figure.colorbar(image, ax=axes[0, 1])

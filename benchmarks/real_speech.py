@@ -31,18 +31,13 @@ from torch import Tensor, nn
 
 from regard.core.state import write_atomically
 from regard.lens.agreement import agreement, correlate, normalise_map, pool_saliency
-from regard.lens.cross_attention import (
-    aggregate,
-    alignment_matrix,
-    cross_attention_maps,
-    token_frames,
-    word_spans,
-)
+from regard.lens.cross_attention import aggregate, cross_attention_maps
 from regard.lens.deletion import deletion_curve, word_error_rate
 from regard.lens.forced import encoder_output_saliency, input_saliency
 from regard.lens.gradients import gradient_saliency
 from regard.lens.occlusion_masks import random_masks, slic_masks
 from regard.lens.records import drawing, plain
+from regard.lens.speech import alignment_matrix, word_times
 from regard.testing import resources
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,10 +65,10 @@ def words(text: str) -> list[str]:
 
 def alignment(weights: Tensor, pieces: list[str], utterance: resources.Utterance) -> dict[str, Any]:
     """Errors of the times of words that were heard right, in seconds."""
-    matrix = alignment_matrix(weights, resources.WHISPER_ALIGNMENT_HEADS)
-    frames = token_frames(matrix)[: len(pieces)]  # the last row is the end of the text
+    heads = resources.WHISPER_ALIGNMENT_HEADS
+    told = word_times(weights, pieces, heads, seconds_per_frame=FRAME)
     spans = []
-    for text, start, end in word_spans(pieces, frames, seconds_per_frame=FRAME):
+    for text, start, end in zip(told.words, told.start, told.end, strict=True):
         parts = words(text)
         for i, part in enumerate(parts):  # a hyphenated word is several of the reference
             width = (end - start) / len(parts)
@@ -157,7 +152,7 @@ def sentence(utterance: resources.Utterance, runs: int, seed: int) -> tuple[dict
         start = time.process_time()
         gradient = gradient_saliency(model, inputs, tokens, method=method)
         seconds[method] = time.process_time() - start
-        map_ = pool_saliency(gradient[..., : 2 * frames], frames)
+        map_ = pool_saliency(torch.from_numpy(gradient.values[..., : 2 * frames]), frames)
         found[method] = compared(weights, map_, None, rows)
         chosen = list(rows)
         found[method]["with_input_zero"] = float(
@@ -262,7 +257,7 @@ def pictures(folder: Path, told: list[tuple[dict[str, Any], Any]]) -> None:
         for axis, (title, values) in zip(axes[:, 0], rows.items(), strict=True):
             count = len(pieces)
             axis.imshow(
-                values[:count],
+                values[:count].numpy(),
                 aspect="auto",
                 extent=(0, seconds, count - 0.5, -0.5),
                 vmin=-1,

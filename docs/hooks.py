@@ -4,8 +4,10 @@
 `{{ card NAME }}` is what one card says, `{{ errors SERIES }}` the errors measured on a series,
 `{{ speed DEVICE }}` the times measured on a device, `{{ kernels DEVICE }}` those of the compiled
 forms, `{{ trained }}` what models learnt on a GPU, `{{ parallel }}` times on several devices,
-`{{ which linear }}` a comparison, `{{ real speech }}` and `{{ real sentences }}` what was read in
-real models,
+`{{ which linear }}` a comparison, `{{ tap }}` and `{{ act … }}` what taps and edits cost,
+`{{ real speech }}` and `{{ real sentences }}` what was read in real models, `{{ vit NAME }}` in a
+vision model,
+`{{ copy alignment }}` in a small one of known alignment,
 `{{ file README.md }}` a file of the repository. A mechanism without a hand-written page gets one
 made from its card.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -37,8 +40,8 @@ def _beside(name: str) -> ModuleType:
     return module
 
 
-_readme, _performance, _measured, _real_models = map(
-    _beside, ("readme", "performance", "measured", "real_models")
+_readme, _performance, _measured, _real_models, _tap_costs, _vit_heads = map(
+    _beside, ("readme", "performance", "measured", "real_models", "tap_costs", "vit_heads")
 )
 
 TABLES = {
@@ -46,6 +49,8 @@ TABLES = {
     "laws": tables.law_table,
     "exceptions": lambda: tables.exceptions() or "None: every card is held to every law.\n",
     "budgets": tables.budget_table,
+    "tap": _tap_costs.table,
+    **{name: partial(_tap_costs.act, name) for name in _tap_costs.ACT},
 }
 
 
@@ -84,6 +89,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(
         r"\{\{ speed (\w+) \}\}", lambda match: _readme.speed_table(match.group(1)), markdown
     )
+    markdown = _vit_heads.filled(markdown)
     markdown = _real_models.filled(_measured.filled(_performance.filled(markdown)))
     return re.sub(r"\{\{ card (\w+) \}\}", lambda match: _card(match.group(1)), markdown)
 

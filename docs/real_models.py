@@ -1,7 +1,8 @@
-"""Fills docs/real_models.md from benchmarks/results/real_speech.json and real_sentences.json.
+"""Fills docs/real_models.md and docs/cross_attention.md from results of the benchmarks.
 
 `{{ real speech }}` is what cross-attention tells in Whisper, `{{ real sentences }}` what sinks are
-in MiniLM and what calibrating them does. Where there is no file yet the page says so.
+in MiniLM and what calibrating them does, `{{ copy alignment }}` what a small model of known
+alignment shows. Where there is no file yet the page says so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def filled(markdown: str) -> str:
     for placeholder, name, make in (
         ("{{ real speech }}", "real_speech", speech),
         ("{{ real sentences }}", "real_sentences", sentences),
+        ("{{ copy alignment }}", "copy_alignment", copying),
     ):
         if placeholder in markdown:
             path = RESULTS / f"{name}.json"
@@ -81,6 +83,11 @@ def speech(found: dict[str, Any]) -> str:
         f"{found['runs']} runs with hidden input, {4 * found['runs']} with hidden encoder output:\n"
     )
     parts.append(_table(heads, rows))
+    pooled = [s["input_zero"]["mean_pooling"] for s in found["sentences"]]
+    parts.append(
+        f"Pooled by the mean instead of the maximum, {SALIENCIES['input_zero']}: "
+        f"{sum(pooled) / len(pooled):.2f} for all heads.\n"
+    )
     area = told["deletion_area"]
     parts.append(
         "**Deletion**: mean word error rate while 0 to 100 % of the spectrogram are deleted, the "
@@ -95,6 +102,12 @@ def sentences(found: dict[str, Any]) -> str:
     share = found["tokens"]
     rows = [[kind, *map(_two, values)] for kind, values in share.items()]
     parts = [_table(["attention received", *(f"layer {i}" for i in range(6))], rows)]
+    channels = " and ".join(map(str, found["dimensions"])) or "none"
+    sizes = found["largest"]
+    parts.append(
+        f"Channels that mark the sink (`sink_dimensions`): {channels}; the largest activation of a "
+        f"layer's input is {min(sizes):.0f} to {max(sizes):.0f} times the rms of its token.\n"
+    )
     names = ("same", "other", "margin", "area", "first")
     rows = [[beta, *(_two(told[name]) for name in names)] for beta, told in found["curve"].items()]
     heads = ["beta", "same meaning", "other", "margin", "ROC area", "partner first"]
@@ -114,3 +127,40 @@ def sentences(found: dict[str, Any]) -> str:
     )
     parts.append(_table(heads, rows))
     return "\n".join(parts)
+
+
+def copying(found: dict[str, Any]) -> str:
+    """Agreement, and where mass lies, as means over the trained models and their ranges."""
+    models = found["models"]
+
+    def over(*path: str) -> str:
+        values = list(models)
+        for key in path:
+            values = [value[key] for value in values]
+        mean = sum(values) / len(values)
+        return f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    columns = ("all", "best_head", "median_head", "value_weighted", "ceiling")
+    heads = ["saliency of", "all heads", "best head", "median head", "value-weighted", "ceiling"]
+    names = {"encoder_output": "encoder's output, hidden", "input": "spectrogram, hidden"}
+    rows = [
+        [words, *(over("agreement", name, column) for column in columns)]
+        for name, words in names.items()
+    ]
+    places = {
+        "attention": "attention", "value_weighted": "value-weighted attention",
+        "encoder_output": "saliency of the encoder's output",
+        "input": "saliency of the spectrogram", "chance": "chance",
+    }  # fmt: skip
+    shares = [[words, over("on_the_sound", name)] for name, words in places.items()]
+    right = 100 * sum(model["right"] for model in models) / len(models)
+    return "\n".join(
+        (
+            f"Correlation (Pearson), mean and range of {len(models)} models that write {right:.1f} "
+            f"% of the sounds right, {found['sequences']} sequences each, {found['runs']} runs "
+            "with hidden parts:\n",
+            _table(heads, rows),
+            "Share of a token's mass (of a saliency: above its median) on frames of its sound:\n",
+            _table(["map", "on its sound"], shares),
+        )
+    )

@@ -16,7 +16,7 @@ def _made(model: Any, seed: int = 0) -> Any:
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 or name.endswith("sinks"):
+            if parameter.ndim > 1 or name.endswith(("sinks", "class_embedding")):
                 noise = torch.randn(parameter.shape, generator=made)
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5 * 1.5)
     return model.eval()

@@ -19,7 +19,17 @@ from regard.explain import explain
 
 if TYPE_CHECKING:
     from regard import (
-        adapt, bench, lens, mixers, models, parallel, recipes, sklearn, sparse, steer, tasks,
+        adapt,
+        bench,
+        lens,
+        mixers,
+        models,
+        parallel,
+        recipes,
+        sklearn,
+        sparse,
+        steer,
+        tasks,
         testing,
     )  # fmt: skip
     from regard.bench.compare import compare

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from regard.bench.kernels import flops, gpu, judge, sparse
+from regard.bench.kernels import cpu, flops, gpu, judge, sparse
 from regard.bench.kernels.case import Case
+from regard.mixers import HaloAttention
+
+ROOT = Path(__file__).parents[2]
 
 BLOCKS = {"block_q": 32, "block_k": 32}
 SMALL = Case(
@@ -54,3 +59,41 @@ def test_rows_of_a_gpu() -> None:
     assert "forward/flash <= 0.095 (must)" in by_name
     assert "ms of both <= 1.44 (must)" in by_name
     assert all(row in list(gpu.timed()) for row in rows)
+
+
+def test_rows_of_a_processor() -> None:
+    rows = list(sparse.on_processor(Case, "auto", True, False))
+    names = [(row.section, row.name) for row in rows]
+    assert len(set(names)) == len(names)
+    assert all(row.targets for row in rows)
+    asked = {
+        (row.impl, row.length, row.density, str(target))
+        for row in rows
+        for target in row.targets
+        if row.options.get("block_k") == sparse.SMALL_BLOCK
+    }
+    assert ("auto", 16384, 0.1, "SDPA/forward >= 8 (must)") in asked
+    assert ("auto", 16384, 0.3, "SDPA/forward >= 3.6 (stretch)") in asked
+    assert ("auto", 4096, 0.2, "SDPA/forward >= 3.75 (must)") in asked  # causal
+    assert ("auto", 16384, 0.2, "SDPA/both >= 3.5 (must)") in asked
+    assert ("eager", 16384, 0.3, "SDPA/forward >= 1.4 (must)") in asked
+    assert set(rows) <= set(cpu.timed(["eager", "native"], "avx512"))
+    assert not any(row.targets for row in sparse.on_processor(Case, "eager", False, True))
+
+
+def test_lower_instruction_sets_are_measured() -> None:
+    rows = [row for row in cpu.lower_sets(("avx512", "avx2", "baseline")) if row.density]
+    assert {row.isa for row in rows} == {"avx2", "baseline"}
+    assert {row.impl for row in rows} == {"native"}
+
+
+def test_the_layer_written_out_is_the_layer() -> None:
+    name = "sparse_benchmark"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "sparse.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ours = HaloAttention(8, heads=2, block=4, halo=1)
+    x = torch.randn(2, 8, 8, 12)
+    torch.testing.assert_close(module.CopiedWindows(ours)(x), ours(x), rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.core.accumulate import add_rows
+from regard.core.accumulate import add_rows, sums_by
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -34,3 +34,17 @@ def test_same_bits_in_every_run(device):
 
     first = once()
     assert all(torch.equal(first, once()) for _ in range(5))
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 3, 40)])
+def test_sums_of_values_by_their_numbers(device, shape):
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=g, dtype=torch.float64).to(device)
+    numbers = torch.randint(7, shape, generator=g).to(device)
+    wanted = torch.zeros(*shape[:-1], 7, dtype=torch.float64, device=device)
+    wanted = wanted.scatter_add(-1, numbers, values)
+    torch.testing.assert_close(sums_by(values, numbers, 7), wanted)
+    row = numbers.flatten()[: shape[-1]]  # one row of numbers for all
+    torch.testing.assert_close(
+        sums_by(values, row, 7), wanted.zero_().scatter_add(-1, row.expand(shape), values)
+    )

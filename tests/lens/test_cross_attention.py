@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from golden_files import parts, settings
+from golden_files import parts
+from lens.examples import WHISPER, tiny_whisper
 from regard.lens.agreement import agreement, correlate, normalise_map, pool_saliency
 from regard.lens.cross_attention import (
     aggregate,
-    alignment_matrix,
     cross_attention,
     cross_attention_maps,
-    token_frames,
     value_weighted,
-    word_spans,
 )
-from regard.lens.deletion import deletion_auc, deletion_curve, word_error_rate
 from regard.lens.forced import ForcedDecoding, encoder_output_saliency, input_saliency
-from regard.lens.gradients import METHODS, gradient_saliency
+from regard.lens.gradients import gradient_saliency
 from regard.lens.occlusion import occlusion_saliency
 from regard.lens.occlusion_masks import random_masks
 
@@ -29,23 +28,17 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, dict[str, Tensor]]:
-    return parts("cross_attention_explanation/tiny_whisper")
+    return parts(WHISPER)
 
 
 @pytest.fixture(scope="module")
-def whisper(golden: dict[str, dict[str, Tensor]]):
-    given = settings("cross_attention_explanation/tiny_whisper")
-    config = transformers.WhisperConfig(
-        **{name: value for name, value in given.items() if name != "transformers_version"}
-    )
-    model = transformers.WhisperForConditionalGeneration(config).eval()
-    model.load_state_dict(golden["state"])
-    return model
+def whisper():
+    return tiny_whisper()[0]
 
 
 @pytest.fixture(scope="module")
-def inputs(golden: dict[str, dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    return golden["in"]["input_features"], golden["in"]["decoder_input_ids"]
+def inputs() -> tuple[Tensor, Tensor]:
+    return tiny_whisper()[1]
 
 
 def close(found, wanted: Tensor, tolerance: float = 1e-5) -> None:
@@ -78,7 +71,10 @@ def test_maps_and_correlations_of_the_equations(golden, whisper, inputs) -> None
 
 
 def test_rows_sum_to_one_before_and_after_means(whisper, inputs) -> None:
-    attention, values = cross_attention(whisper, *inputs)
+    found = cross_attention(whisper, *inputs)
+    attention, values = torch.from_numpy(found.weights), torch.from_numpy(found.values)
+    assert torch.equal(attention, cross_attention_maps(whisper, *inputs))
+    assert values.shape == (3, 2, 20, 12)
     for maps in (
         attention,
         aggregate(attention),
@@ -102,51 +98,13 @@ def test_the_model_is_left_as_it_was(whisper, inputs) -> None:
     assert whisper.model.decoder.layers[0].fc1.weight.grad is None
 
 
-def test_the_encoder_runs_once(whisper, inputs) -> None:
-    calls: list[int] = []
-    hook = whisper.model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        encoder_output_saliency(whisper, *inputs, random_masks(40, (20,)), batch_size=8)
-    finally:
-        hook.remove()
-    assert len(calls) == 1
-
-
-def test_antithetic_saliency_of_either_input(whisper, inputs) -> None:
-    masks = random_masks(12, (8, 40), antithetic=True)
-    found = input_saliency(whisper, *inputs, masks, scorer="predicted_token", fill="minimum")
-    assert found.values.shape == (5, 8, 40)
-    assert found.halves.shape == (2, 5, 8, 40)
-    frames = input_saliency(whisper, *inputs, masks[:, 0])  # whole frames
-    assert frames.values.shape == (5, 40)
-    with pytest.raises(ValueError, match="masks must be"):
-        input_saliency(whisper, *inputs, masks[:, :7])
-    with pytest.raises(ValueError, match="masks must be"):
-        encoder_output_saliency(whisper, *inputs, masks[:, 0])
-    with pytest.raises(ValueError, match="fill"):
-        input_saliency(whisper, *inputs, masks, fill="silence")
-
-
-@pytest.mark.requires("captum")
-@pytest.mark.parametrize("of", ["input", "encoder"])
-def test_gradients(whisper, inputs, of: str) -> None:
-    shape = (5, 8, 40) if of == "input" else (5, 20)
-    for method in METHODS:
-        found = gradient_saliency(whisper, *inputs, method=method, of=of, steps=2)
-        assert found.shape == shape
-        assert (found >= 0).all()
-        assert float(found.sum()) > 0
-    forced = ForcedDecoding(whisper, *inputs)
-    with torch.no_grad():
-        memory = forced.encode(forced.inputs)
-    start = (memory if of == "encoder" else forced.inputs).clone().requires_grad_()
-    out = forced.decode(start if of == "encoder" else forced.encode(start))
-    out[0, 1, inputs[1][0, 2]].backward()
-    assert start.grad is not None
-    wanted = start.grad[0].abs()
-    wanted = wanted.sum(-1) if of == "encoder" else wanted
-    found = gradient_saliency(whisper, *inputs, method="gradient", of=of)
-    close(found[1], wanted, 1e-6)
+def test_a_picture_and_json(whisper, inputs, tmp_path) -> None:
+    found = cross_attention(whisper, *inputs)
+    found.picture(tmp_path / "cross.png")
+    assert (tmp_path / "cross.png").stat().st_size > 1000
+    told = json.loads(found.to_json())
+    assert told["layers"] == [0, 1, 2]
+    assert np.shape(told["weights"]) == (3, 2, 5, 20)
 
 
 def test_text_to_text() -> None:
@@ -218,34 +176,6 @@ def test_attention_explains_a_decoder_that_only_attends() -> None:
     assert weighted > 0.9
 
 
-def test_the_path_of_an_alignment() -> None:
-    matrix = torch.full((3, 9), -1.0)
-    for i, (first, last) in enumerate(((0, 1), (2, 5), (6, 8))):
-        matrix[i, first : last + 1] = 1.0
-    frames = token_frames(matrix)
-    assert frames.tolist() == [[0, 1], [2, 5], [6, 8]]
-    spans = word_spans([" he", "llo", " you"], frames, seconds_per_frame=0.02)
-    assert [word for word, *_ in spans] == ["hello", "you"]
-    assert spans[0][1:] == pytest.approx((0.0, 0.12))
-    assert spans[1][1:] == pytest.approx((0.12, 0.18))
-    with pytest.raises(ValueError, match="frames must be"):
-        word_spans([" a"], frames, seconds_per_frame=0.02)
-
-
-def test_alignment_matrix_forgets_what_every_token_looks_at() -> None:
-    attention = torch.full((1, 2, 3, 12), 0.01)
-    attention[..., 0] = 0.9  # a sink
-    for i in range(3):
-        attention[0, 0, i, 4 * i : 4 * i + 4] += 0.2
-    found = alignment_matrix(attention, [(0, 0)], smooth=1)
-    assert [int(row.argmax()) // 4 for row in found] == [0, 1, 2]
-    assert alignment_matrix(attention, [(0, 0)], frames=9, smooth=3).shape == (3, 9)
-    with pytest.raises(ValueError, match="pairs must be"):
-        alignment_matrix(attention, [(1, 0)])
-    with pytest.raises(ValueError, match="odd"):
-        alignment_matrix(attention, [(0, 0)], smooth=4)
-
-
 def test_aggregate_refuses() -> None:
     attention = torch.full((2, 3, 4, 5), 0.2)
     for options in ({"layers": [2]}, {"heads": [-1]}, {"layers": []}, {"pairs": [(0, 3)]}):
@@ -253,50 +183,3 @@ def test_aggregate_refuses() -> None:
             aggregate(attention, **options)
     with pytest.raises(ValueError, match="None beside"):
         aggregate(attention, [0], pairs=[(0, 0)])
-
-
-def test_deletion_prefers_the_true_map() -> None:
-    truth = torch.zeros(4, 10)
-    truth[1, 2:5] = 1
-
-    def error(kept: Tensor) -> float:
-        return 100 * float(1 - (kept * truth).sum() / truth.sum())
-
-    good, bad = deletion_curve(truth, error), deletion_curve(-truth, error)
-    assert good.area > 90 > 20 > bad.area
-    assert good.scores[0] == 0
-    assert good.scores[-1] == pytest.approx(100)
-    assert deletion_auc(truth, error) == good.area
-    with pytest.raises(ValueError, match="rising"):
-        deletion_curve(truth, error, percent=(0, 50, 50))
-
-
-def test_word_error_rate() -> None:
-    assert word_error_rate("a b c d", "a x c") == 50
-    assert word_error_rate("a", "b c d") == 100
-    assert word_error_rate("a", "b c d", most=None) == 300
-    assert word_error_rate(["a", "b"], []) == 100
-    with pytest.raises(ValueError, match="at least one word"):
-        word_error_rate("", "a")
-
-
-@pytest.mark.slow
-@pytest.mark.requires("resource:whisper_tiny", "resource:librivox")
-def test_alignment_heads_follow_real_speech() -> None:
-    from regard.testing import resources
-
-    utterance = resources.librivox()[4]
-    speech = resources.whisper_tiny()
-    features = speech.features([utterance.samples])
-    with torch.no_grad():
-        said = [t for t in speech.model.generate(features)[0].tolist() if t < 50256]
-    assert word_error_rate(utterance.text, speech.tokenizer.decode(said).strip(" .").lower()) == 0
-    attention = cross_attention_maps(speech.model, features, torch.tensor([[50257, 50362, *said]]))
-    assert attention.shape == (4, 6, 2 + len(said), 1500)
-    frames = round(utterance.seconds * 50)
-    matrix = alignment_matrix(attention[:, :, 1:], resources.WHISPER_ALIGNMENT_HEADS, frames=frames)
-    pieces = [speech.tokenizer.decode([token]) for token in said]
-    spans = word_spans(pieces, token_frames(matrix)[: len(said)], seconds_per_frame=0.02)
-    assert len(spans) == len(utterance.words)
-    errors = [abs(s[1] - w.start) for s, w in zip(spans, utterance.words, strict=True)]
-    assert np.median(errors) < 0.1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_models as tiny
 from regard.lens.reductions import Reduce
-from regard.lens.tap import tap
+from regard.lens.tap import Attention, tap
 
 IDS = torch.tensor([[0, 0, 0, 11, 28, 10, 17, 14, 26], [9, 5, 33, 41, 12, 50, 7, 8, 60]])
 REAL = (IDS != 0).long()
@@ -66,12 +69,70 @@ def test_rollout_is_a_row_of_the_product() -> None:
     summary = Reduce(rollout=[0], block=4)
     with tap(model, read=summary):
         maps = model(pixels, output_attentions=True).attentions
+    for part, weights in zip(summary.result(), maps, strict=True):
+        entropy = torch.special.entr(weights).sum(-1).mean((0, 2))
+        assert torch.allclose(part.entropy, entropy, atol=1e-5)
+    model.set_attn_implementation("sdpa")  # where scores are at hand beside the weights
+    fused = Reduce()
+    with tap(model, read=fused):
+        model(pixels)
+    for part, other in zip(summary.result(), fused.result(), strict=True):
+        assert torch.allclose(part.entropy, other.entropy, atol=1e-5)
+        assert torch.allclose(part.received, other.received, atol=1e-6)
     product = torch.eye(17).expand(2, -1, -1)
     for weights in maps:
         product = (0.5 * torch.eye(17) + 0.5 * weights.mean(1)) @ product
     assert torch.allclose(summary.rollout(), product[:, :1], atol=1e-6)
+    with tap(model, read=summary):  # again, from the start
+        model(pixels[:1])
+    assert torch.allclose(summary.rollout(), product[:1, :1], atol=1e-6)
+    whisper, features = tiny.whisper("sdpa"), torch.randn(1, 8, 40)
+    with tap(whisper, read=summary):
+        whisper(input_features=features, decoder_input_ids=torch.tensor([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="choose one tower"):
+        summary.rollout()
     with pytest.raises(ValueError, match="was not asked for"):
         Reduce().rollout()
+
+
+class Largest(TorchDispatchMode):
+    """The most memory that one result took (views take none), in float32 numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if not isinstance(part, torch.Tensor):
+                continue
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in given:
+                self.numbers = max(self.numbers, storage.nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_no_map_of_queries_and_keys_is_ever_made(padded: bool) -> None:
+    model = tiny.decoder("Llama", "sdpa", max_position_embeddings=600)
+    T, heads, block = 600, 4, 8
+    ids, mask = torch.randint(1, 70, (1, T)), torch.ones(1, T, dtype=torch.long)
+    if padded:
+        mask[:, :5] = 0
+    summary, seen = Reduce(top=2, distance=True, block=block), Largest()
+
+    def read(attention: Attention) -> None:
+        with seen:
+            summary(attention)
+
+    with tap(model, read=read):
+        model.model(ids, attention_mask=mask)
+    # A block with the rows of its distances side by side; T x T is 360 000 numbers.
+    most = heads * block * (T + block + 1)
+    if padded:  # one pass over the model's own mask [1, 1, T, T] of bools, in pieces
+        most = max(most, 128 * T)
+    assert heads * block * T <= seen.numbers <= most
 
 
 def test_bad_options() -> None:

@@ -1,16 +1,17 @@
-"""Maps, rollout, entropy and sinks: by hand, and on tiny models."""
+"""Sinks: by hand, on tiny models, and in MiniLM."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 
-from regard.lens.entropy import attention_entropy, entropies
-from regard.lens.maps import attention_maps, rollout
+import tiny_models as tiny
+from lens.examples import padded_batch, tiny_bert, tiny_whisper
+from regard.lens.maps import attention_maps
+from regard.lens.reductions import Reduce
 from regard.lens.sinks import (
     column_means,
     find_sinks,
@@ -18,92 +19,19 @@ from regard.lens.sinks import (
     sink_dimensions,
     sinks,
 )
+from regard.lens.tap import tap
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def bert():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=16, initializer_range=0.4,
-    )  # fmt: skip
-    return transformers.BertModel(config).eval()
+    return tiny_bert()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, 31, (2, 7), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def test_maps_are_the_models_own(bert, batch, tmp_path) -> None:
-    found = attention_maps(bert, batch)
-    bert.set_attn_implementation("eager")
-    with torch.no_grad():
-        wanted = torch.stack(bert(**batch, output_attentions=True).attentions)
-    bert.set_attn_implementation("sdpa")
-    np.testing.assert_allclose(found.weights, wanted.numpy(), atol=1e-6)
-    assert found.layers == (0, 1, 2)
-    assert attention_maps(bert, batch, layers=[2]).weights.shape == (1, 2, 2, 7, 7)
-    found.picture(tmp_path / "maps.png")
-    assert (tmp_path / "maps.png").is_file()
-    assert json.loads(found.to_json())["layers"] == [0, 1, 2]
-    with pytest.raises(ValueError, match="layers"):
-        attention_maps(bert, batch, layers=[3])
-
-
-def test_rollout_by_hand(tmp_path) -> None:
-    first = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-    second = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    weights = torch.stack([first, second])[:, None, None]
-    mixed = [(torch.eye(2) + w) / 2 for w in (first, second)]
-    found = rollout(weights)
-    np.testing.assert_allclose(found.shares[0], (mixed[1] @ mixed[0]).numpy())
-    np.testing.assert_allclose(found.shares.sum(-1), 1)
-    np.testing.assert_allclose(rollout(weights, keep=1).shares[0], np.eye(2))
-    np.testing.assert_allclose(rollout(weights, keep=0).shares[0], (second @ first).numpy())
-    # Without the smaller weight of each row, row 1 of the first layer keeps one of two equals.
-    sharp = rollout(weights[:1], keep=0, discard=0.5).shares[0]
-    assert sorted(sharp.max(-1)) == [1.0, 1.0]
-    found.picture(tmp_path / "rollout.png")
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        rollout(weights, keep=2)
-    with pytest.raises(ValueError, match="self-attention"):
-        rollout(torch.zeros(1, 1, 1, 2, 3))
-
-
-@pytest.mark.parametrize("heads", ["mean", "max", "min"])
-def test_rollout_of_a_model_sums_to_one(bert, batch, heads: str) -> None:
-    maps = attention_maps(bert, batch).weights
-    shares = rollout(torch.from_numpy(maps), heads=heads).shares
-    np.testing.assert_allclose(shares.sum(-1), 1)
-    assert (shares[1, :4, 4:] == 0).all()  # nothing arrives from padding
-
-
-def test_entropy_by_hand() -> None:
-    rows = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4])
-    wanted = torch.tensor([0, math.log(2), math.log(4)])
-    torch.testing.assert_close(attention_entropy(rows), wanted)
-    visible = torch.tensor([[True, False, False, False], [True, True, False, False], [True] * 4])
-    relative = attention_entropy(rows, visible=visible, relative=True)
-    assert relative.tolist() == pytest.approx([0, 1, 1])
-    with pytest.raises(ValueError, match="visible must be"):
-        attention_entropy(rows, visible=visible[:2], relative=True)
-
-
-def test_padding_changes_no_entropy(bert, batch, tmp_path) -> None:
-    together = entropies(bert, batch)
-    one = {name: values[:1] for name, values in batch.items()}
-    two = {name: values[1:, :4] for name, values in batch.items()}
-    alone = [entropies(bert, inputs) for inputs in (one, two)]
-    wanted = (7 * alone[0].mean + 4 * alone[1].mean) / 11
-    np.testing.assert_allclose(together.mean, wanted, atol=1e-5)
-    assert (together.relative <= 1 + 1e-6).all()
-    together.picture(tmp_path / "entropy.png")
+    return padded_batch()
 
 
 def test_columns_and_sinks_by_hand() -> None:
@@ -155,6 +83,38 @@ def test_sinks_of_a_model_ignore_padding(bert, batch, tmp_path) -> None:
     assert not sinks(bert, batch, theta=0.0, spare_first=True).sink[..., 0].any()
     found.picture(tmp_path / "sinks.png")
     assert len(json.loads(found.to_json())["names"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+def test_sinks_of_a_decoder(kind: str) -> None:
+    model = tiny.decoder(kind, "sdpa")
+    ids = torch.randint(1, 31, (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0  # on the left
+    both = sinks(model, {"input_ids": ids, "attention_mask": mask}, theta=0.3)
+    alone = sinks(model, {"input_ids": ids[1:, 2:]}, theta=0.3)
+    np.testing.assert_allclose(both.received[:, 1:, :, 2:], alone.received, atol=1e-5)
+    assert (both.received[:, 1, :, :2] == 0).all()
+    # The last key is seen by one query only: its mean is that one weight.
+    maps = attention_maps(model, {"input_ids": ids[:1]}).weights
+    np.testing.assert_allclose(both.received[:, 0, :, -1], maps[:, 0, :, -1, -1], atol=1e-6)
+    assert np.isfinite(both.largest).all()
+    summed = Reduce()
+    with tap(model, read=summed), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    streamed = np.stack([part.received for part in summed.result()])
+    np.testing.assert_allclose(both.received, streamed, atol=1e-6)
+
+
+def test_sinks_of_cross_attention() -> None:
+    model, (spectrogram, tokens) = tiny_whisper()
+    inputs = {"input_features": spectrogram, "decoder_input_ids": tokens}
+    found = sinks(model, inputs, kind="cross", theta=0.2)
+    assert found.received.shape == (3, 1, 2, 20)
+    assert np.isnan(found.largest).all()  # activations are of the decoder, sinks of the encoder
+    assert found.dimensions == ()
+    with pytest.raises(ValueError, match="layers of one size"):
+        sinks(model, inputs)
 
 
 @pytest.mark.slow

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 import tiny_models as tiny
-from lens.timm_like import VisionTransformer
 from regard.lens.tap import Attention, Edit, points, tap
-from regard.mixers import Attention as Layer
 
+transformers = tiny.transformers
 IDS = torch.tensor([[0, 0, 0, 11, 28, 10, 17, 14, 26], [9, 5, 33, 41, 12, 50, 7, 8, 60]])
 REAL = IDS != 0
 DECODERS = ("Llama", "Mistral", "Qwen2", "Gemma2", "GptOss")
@@ -161,17 +162,135 @@ def test_nesting_reentry_and_exceptions_leave_the_model_as_it_was() -> None:
         assert not layer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def traces(model: torch.nn.Module) -> list[Any]:
+    """What a tap changes while it is open."""
+    return [
+        (module.__dict__.get("config"), len(module._forward_pre_hooks), "forward" in vars(module))
+        for module in model.modules()
+    ]
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+@torch.no_grad()
+def test_nothing_stays_after_an_exception(name: str, implementation: str) -> None:
+    model, inputs = case(name, implementation)
+    before, clean = first(model(**inputs)), traces(model)
+
+    def fail(weights: torch.Tensor, attention: Attention) -> None:
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), tap(model, edit=Edit(post=fail)):
+        model(**inputs)
+    after = traces(model)
+    assert all(a[0] is c[0] and a[1:] == c[1:] for a, c in zip(after, clean, strict=True))
+    assert torch.equal(first(model(**inputs)), before)
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+@torch.no_grad()
+def test_padding_on_either_side(name: str, dtype: torch.dtype, padding: str) -> None:
+    ids, real = {
+        "left": (IDS, REAL),
+        "right": (IDS.flip(1), REAL.flip(1)),
+        "none": (IDS + 1, torch.ones_like(REAL)),
+    }[padding]
+    for implementation in ("eager", "sdpa"):
+        if (name, implementation) not in CASES:
+            continue
+        model = case(name, implementation)[0].to(dtype)
+        inputs = {"input_ids": ids, "attention_mask": real.long()}
+        before = first(model(**inputs))
+        seen: list[Attention] = []
+        with tap(model, read=seen.append):
+            assert torch.equal(first(model(**inputs)), before)
+        for attention in seen:
+            assert torch.equal(attention.key_mask, real)
+            assert torch.equal(attention.query_mask, real)
+            assert attention.causal == (name != "bert")
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "llava", "whisper"])
 @pytest.mark.parametrize("beams", [1, 2])
 @torch.no_grad()
 def test_cached_generation(name: str, beams: int) -> None:
-    model, inputs = case(name, "sdpa")
+    model, inputs = case(name, "sdpa" if (name, "sdpa") in CASES else "eager")
     options = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+    last, prompt = (1, 4) if name == "whisper" else (2, len(inputs["input_ids"][0]))
+    where = "decoder" if name == "whisper" else "language" if name == "llava" else None
     before = model.generate(**inputs, **options)
     calls = []
-    with tap(model, read=lambda a: calls.append((a.offset, a.prompt, a.q.shape[2])), layers=2):
+
+    def read(a: Attention) -> None:
+        calls.append((a.offset, a.prompt, a.q.shape[2]))
+        mixed = a.mix(a.weights, a.heads) * a.query_mask[:, None, :, None]
+        assert torch.allclose(mixed, a.output * a.query_mask[:, None, :, None], atol=1e-5)
+
+    with tap(model, read=read, layers=last, kind="self", where=where):
         assert torch.equal(model.generate(**inputs, **options), before)
-    assert calls == [(0, 9, 9), (9, 9, 1), (10, 9, 1), (11, 9, 1)]
+    assert calls[0] == (0, prompt, prompt)
+    assert calls[1:] == [(prompt + n, prompt, 1) for n in range(len(calls) - 1)]
+    assert len(calls) in (3, 4)  # Whisper may end early
+
+
+@torch.no_grad()
+def test_cross_attention_of_a_cached_step() -> None:
+    model, inputs = case("whisper", "sdpa")
+    seen: list[Attention] = []
+    with tap(model, kind="cross", read=seen.append):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert {(a.kind, a.offset, a.k.shape[2]) for a in seen} == {("cross", 0, 20)}
+    assert not any(a.causal for a in seen)
+    assert {a.q.shape[2] for a in seen} == {4, 1}
+
+
+@torch.no_grad()
+def test_two_models_and_two_threads_at_once() -> None:
+    (one, inputs), (two, others) = case("Llama", "sdpa"), case("bert", "eager")
+    plain = first(one(**inputs)), first(two(**others))
+    names: list[str] = []
+    zero = Edit(output=lambda o, a: 0 * o)
+    with tap(one, edit=zero), tap(two, read=lambda a: names.append(a.name)):
+        assert not torch.equal(first(one(**inputs)), plain[0])
+        assert torch.equal(first(two(**others)), plain[1])
+    assert len(names) == 2
+    lengths: dict[int, list[int]] = {}
+
+    def run(count: int) -> None:
+        lengths[count] = []
+        for _ in range(5):
+            one(inputs["input_ids"][1:, :count])
+
+    def read(a: Attention) -> None:
+        lengths[a.q.shape[2]].append(a.prompt)
+
+    with tap(one, read=read), ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(run, (4, 7))] == [None, None]
+    assert lengths == {4: [4] * 15, 7: [7] * 15}
+    assert torch.equal(first(one(**inputs)), plain[0])
+
+
+def test_an_open_tap_is_not_copied_nor_compiled_in() -> None:
+    model, inputs = case("Llama", "sdpa")
+    seen: list[int] = []
+    with tap(model, read=lambda a: seen.append(a.layer)):
+        with pytest.raises(RuntimeError, match="close it first"):
+            copy.deepcopy(model)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="a tap of regard stands outside compiled graphs"):
+            compiled(**inputs)
+    copy.deepcopy(model)
+    torch.compiler.reset()
+
+
+def test_gradients_pass_through_an_edit() -> None:
+    model, inputs = case("Llama", "eager")
+    strength = torch.zeros(4, 1, 1, requires_grad=True)
+    with tap(model, edit=Edit(output=lambda o, a: o * (1 + strength)), layers=1):
+        first(model(**inputs)).square().mean().backward()
+    assert strength.grad is not None
+    assert bool((strength.grad != 0).all())
 
 
 def test_kinds_and_places() -> None:
@@ -182,6 +301,14 @@ def test_kinds_and_places() -> None:
     only = tap(model, kind="cross", where="decoder")
     assert [point.name for point in only.points] == [
         f"model.decoder.layers.{n}.encoder_attn" for n in (0, 1)
+    ]
+    config = transformers.T5Config(
+        vocab_size=70, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4
+    )
+    t5 = points(transformers.T5ForConditionalGeneration(config))
+    assert [(point.tower, point.kind, point.layer) for point in t5] == [
+        *[("encoder.block", "self", n) for n in (0, 1)],
+        *[("decoder.block", kind, n) for n in (0, 1) for kind in ("self", "cross")],
     ]
     shared = points(tiny.albert())
     assert [(point.layer, point.repeats) for point in shared] == [(0, 3)]
@@ -215,74 +342,36 @@ def test_bad_requests() -> None:
         pass
 
 
-class Explicit(torch.nn.Module):
-    """timm's attention with weights of its own."""
-
-    def __init__(self, other: Any) -> None:
-        super().__init__()
-        self.num_heads, self.qkv, self.proj = other.num_heads, other.qkv, other.proj
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(B, T, C))
-
-
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.requires(f"resource:{name}"))
+        for name in ("minilm", "vit_small", "whisper_tiny", "reaction_albert")
+    ],
+)
 @torch.no_grad()
-def test_modules_as_timm_has_them(explicit: bool) -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=4, num_classes=3
-    )
-    if explicit:
-        for block in model.blocks:
-            block.attn = Explicit(block.attn)
-    images = torch.randn(2, 3, 28, 28)
-    before = model(images)
-    seen: list[Attention] = []
-    with tap(model, read=seen.append):
-        assert torch.equal(model(images), before)
-    assert [a.layer for a in seen] == [0, 1]
-    for a in seen:
-        assert a.q.shape == (2, 4, 17, 8)
-        assert a.hidden is not None
-        assert torch.allclose(a.mix(a.weights, a.heads), a.output, atol=1e-5)
-    with tap(model, edit=Edit(output=lambda o, a: 0 * o)):
-        assert not torch.allclose(model(images), before)
-    assert torch.equal(model(images), before)
-    assert all("forward" not in block.attn.__dict__ for block in model.blocks)
+def test_pretrained_models(name: str, implementation: str) -> None:
+    from regard.testing import resources
 
+    model, *_ = getattr(resources, name)()
+    model.set_attn_implementation(implementation)
+    made = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 400, (2, 12), generator=made)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids > 40).long()}
+    if name == "vit_small":
+        inputs = {"pixel_values": torch.randn(2, 3, 224, 224, generator=made)}
+    if name == "whisper_tiny":
+        features = torch.randn(2, 80, 3000, generator=made)
+        inputs = {"input_features": features, "decoder_input_ids": ids}
+    before = first(model(**inputs))
 
-@pytest.mark.parametrize("options", [{}, {"window": (2, 0)}])
-@torch.no_grad()
-def test_our_own_layers(options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    layer = Layer(32, 4, kv_heads=2, causal=True, rope=True, options=options)
-    x, mask = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    mask[0, :2] = False
-    before, card = layer(x, key_mask=mask), layer.card
-    seen: list[Attention] = []
-    with tap(layer, read=seen.append):
-        assert torch.equal(layer(x, key_mask=mask), before)
-        _, state = layer(x[:, :4], key_mask=mask[:, :4], return_state=True)
-        layer(x[:, 4:], key_mask=mask[:, 4:], state=state)
-    assert layer.card is card
-    whole, _, last = seen
-    real = whole.query_mask[:, None, :, None]
-    assert torch.equal(whole.query_mask, mask)
-    assert torch.allclose(whole.mix(whole.weights, whole.heads) * real, whole.output, atol=1e-5)
-    assert last.offset == 4
-    assert torch.allclose(last.weights[1], whole.weights[1, :, 4:], atol=1e-5)
+    def read(a: Attention) -> None:
+        real = a.query_mask[:, None, :, None]
+        worst = ((a.mix(a.weights, a.heads) - a.output) * real).abs().max()
+        assert worst < 1e-4 * a.output.abs().max()
 
-
-@torch.no_grad()
-def test_other_mechanisms_have_outputs_but_no_weights() -> None:
-    layer = Layer(16, 2, mechanism="local_linear", causal=True)
-    seen: list[Attention] = []
-    with tap(layer, read=seen.append):
-        layer(torch.randn(1, 5, 16))
-    assert seen[0].output.shape == (1, 2, 5, 8)
-    with pytest.raises(ValueError, match="mechanism is 'local_linear'"):
-        _ = seen[0].weights
+    with tap(model, read=read):
+        assert torch.equal(first(model(**inputs)), before)
+    assert torch.equal(first(model(**inputs)), before)

@@ -10,6 +10,8 @@ import torch
 
 import tiny_models as tiny
 from golden_files import GOLDEN, parts
+from regard.lens.tap import tap
+from regard.steer import act_calibration, edit
 from regard.steer import redistribution as var
 
 transformers = tiny.transformers
@@ -187,11 +189,155 @@ def test_a_batch_is_its_rows_alone_and_generation_reuses_the_sinks() -> None:
     assert text.shape == (1, 24)
 
 
+OPTIONS = {"tau": 3.0, "rho": 1.0, "min_mass": 0.0}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_padding_on_either_side(implementation: str, side: str) -> None:
+    model, ids, pixels = planted(implementation)
+    other = torch.tensor([[1, *[65] * 16, 4, 7]])
+    pad = (2, 0) if side == "left" else (0, 2)
+    both = torch.cat([ids, torch.nn.functional.pad(other, pad)])
+    mask = torch.cat([torch.ones_like(ids), torch.nn.functional.pad(torch.ones_like(other), pad)])
+    with var.visual_attention_redistribution(model, [11], **OPTIONS):
+        batch = model(input_ids=both, pixel_values=pixels, attention_mask=mask).logits
+        alone = model(input_ids=other, pixel_values=pixels[1:]).logits
+    real = slice(2, None) if side == "left" else slice(0, 19)
+    assert torch.allclose(batch[1:, real], alone, atol=1e-5)
+    plain = model(input_ids=other, pixel_values=pixels[1:]).logits
+    assert not torch.allclose(plain, alone, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cached_steps_are_the_edit_by_hand() -> None:
+    model, ids, pixels = planted("sdpa")
+    inputs, more = {"input_ids": ids, "pixel_values": pixels[:1]}, torch.tensor([[8, 3]])
+    with var.visual_attention_redistribution(model, [11], keep=0.3, **OPTIONS) as context:
+        cache = model(**inputs, use_cache=True).past_key_values
+        found = dict(context.sinks)
+        steps = [model(more[:, n : n + 1], **tiny.cached(model, cache)).logits for n in (0, 1)]
+        assert all(torch.equal(context.sinks[layer], sinks) for layer, sinks in found.items())
+    image = span(2, 16, 23)
+
+    def post(weights: torch.Tensor, attention: Any) -> torch.Tensor:
+        sinks = torch.nn.functional.pad(found[attention.layer], (0, 2))
+        rows = (torch.arange(23) >= 18).expand(1, weights.shape[1], -1)
+        return var.redistribute(weights, sinks, image, rows, 0.3)
+
+    inputs["input_ids"] = torch.cat([ids, more], 1)
+    with edit(model, post=post, layers=[2, 3], where="language_model"):
+        whole = model(**inputs).logits
+    assert torch.allclose(torch.cat(steps, 1), whole[:, 21:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_without_its_sinks_the_image_is_what_the_other_patches_say() -> None:
+    """keep = 0 takes all from the sinks, and their values no longer matter after the image."""
+    model, ids, pixels = planted("sdpa")
+    inputs = {"input_ids": ids, "pixel_values": pixels[:1]}
+    seen: dict[int, torch.Tensor] = {}
+    reading = tap(
+        model, read=lambda a: seen.update({a.layer: a.weights}), layers=[2, 3], where="language"
+    )
+    with reading:
+        model(**inputs)
+        before = dict(seen)
+        with var.visual_attention_redistribution(model, [11], keep=0.0, **OPTIONS):
+            model(**inputs)
+    [sinks] = [[0, 5, 11]]
+    patches = [j for j in range(2, 18) if j not in sinks]
+    rows = slice(18, None)
+    assert float(seen[2][:, :, rows][..., sinks].abs().max()) == 0
+    gained = seen[2][:, :, rows][..., patches].sum(-1) - before[2][:, :, rows][..., patches].sum(-1)
+    assert torch.allclose(gained, before[2][:, :, rows][..., sinks].sum(-1), atol=1e-6)
+    # As if the sinks were hidden and what they had were the other patches': a mask does the first.
+    hide = torch.zeros(1, 1, 1, 21).index_fill(
+        -1, torch.tensor(sinks), torch.finfo(torch.float32).min
+    )
+    masked = edit(
+        model,
+        pre=lambda scores, a: scores + hide,
+        queries=slice(18, None),
+        layers=[2],
+        where="language",
+    )
+    with reading, masked:
+        model(**inputs)
+    among = [part[:, :, rows][..., patches] for part in (seen[2], before[2])]
+    shares = [part / part.sum(-1, keepdim=True) for part in among]
+    assert torch.allclose(shares[0], shares[1], atol=1e-6)
+
+
+@torch.no_grad()
+def test_sinks_of_a_prompt_and_dimensions_found_by_themselves() -> None:
+    model, ids, pixels = planted("sdpa")
+    inputs = {"input_ids": ids, "pixel_values": pixels[:1]}
+    found = var.find_visual_sinks(model, dims=[11], tau=3.0, **inputs)
+    assert set(found) == {2, 3, 4}
+    assert found[2][0].nonzero().flatten().tolist() == [5, 11]
+    # (ten times the median is more than 60 in one dimension of 32 gives)
+    model.model.language_model.embed_tokens.weight[1, 11] = 600.0
+    assert var.sink_dimensions(model, **inputs) == (11,)
+    auto = var.visual_attention_redistribution(model, **OPTIONS)
+    told = var.visual_attention_redistribution(model, [11], **OPTIONS)
+    for _ in range(2):
+        with auto:
+            logits = model(**inputs).logits
+        assert auto.dims == (11,)
+        with told:
+            assert torch.equal(model(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_where_no_dimension_stands_out_sinks_are_told_by_attention() -> None:
+    model = tiny.llava("eager", num_hidden_layers=4)
+    ids = torch.tensor([[1, 5, *[65] * 16, 9, 10]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28)}
+    with pytest.raises(var.NoMassiveDimension, match="no dimension of the first token stands out"):
+        var.sink_dimensions(model, **inputs, times=1e3)
+    seen: list[torch.Tensor] = []
+    auto = var.visual_attention_redistribution(model, skip_last=False, **OPTIONS)
+    with tap(model, read=lambda a: seen.append(a.weights), layers=[2], where="language"):
+        model(**inputs)
+    with auto:
+        steered = model(**inputs).logits
+    by_hand = seen[0].mean(1).sum(1) / torch.arange(20, 0, -1) > 5 / 20
+    assert auto.dims == ()
+    assert torch.equal(auto.sinks[2], by_hand)
+    with var.visual_attention_redistribution(model, "attention", skip_last=False, **OPTIONS):
+        assert torch.equal(model(**inputs).logits, steered)
+
+
+@torch.no_grad()
+def test_leaving_nesting_and_two_models() -> None:
+    (one, ids, pixels), two = planted(), tiny.decoder()
+    inputs, text = {"input_ids": ids, "pixel_values": pixels[:1]}, torch.tensor([[5, 9, 11, 7]])
+    plain = one(**inputs).logits, two(text).logits
+    steering = var.visual_attention_redistribution(one, [11], **OPTIONS)
+    with steering:
+        steered = one(**inputs).logits
+    with steering, act_calibration(two, theta=0.1), act_calibration(one, beta=1.0):
+        assert torch.equal(one(**inputs).logits, steered)
+        assert not torch.equal(two(text).logits, plain[1])
+    wrong = {"input_ids": ids, "pixel_values": pixels}  # two images, places for one
+    with pytest.raises(ValueError, match="Image features and image tokens"), steering:
+        one(**wrong)
+    assert torch.equal(one(**inputs).logits, plain[0])
+    assert torch.equal(two(text).logits, plain[1])
+    assert not one._forward_pre_hooks
+    cache = one(**inputs, use_cache=True).past_key_values
+    with steering, pytest.raises(ValueError, match="run it inside too"):
+        one(text[:, :1], **tiny.cached(one, cache))
+
+
 def test_bad_requests() -> None:
     model = tiny.llava()
     for options, message in (
         ({"keep": 1.5}, r"keep 1\.5"),
         ({"dims": "all"}, "dims 'all'"),
+        ({"dims": []}, r"dims \[\]"),
         ({"skip_layers": range(3)}, "no layer is left"),
         ({"image": torch.ones(3)}, "must be a bool mask"),
     ):

@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 import regard
-from regard.cli import bench, compare, info
+from regard.cli import bench, compare, info, inspect
 from regard.cli.list import list_mechanisms
+from regard.cli.swap_report import swap_report
 
 app = typer.Typer(
     name="regard",
@@ -45,6 +46,8 @@ app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("list")(list_mechanisms)
 app.command("info")(info.info)
+app.command("inspect")(inspect.inspect)
+app.command("swap-report")(swap_report)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["add_rows"]
+__all__ = ["add_rows", "sums_by"]
 
 
 def add_rows(into: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
@@ -24,3 +24,17 @@ def add_rows(into: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> N
         into.index_add_(0, numbers, rows)
     else:
         into.index_put_((numbers,), rows, accumulate=True)
+
+
+def sums_by(values: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums [..., count] of values [..., n] by their numbers [..., n], in the same way.
+
+    >>> sums_by(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1, 0, 1]]), 3)
+    tensor([[2., 5., 0.]])
+    """
+    rows = values.shape[:-1]
+    found = values.new_zeros(rows.numel() * count)
+    first = torch.arange(rows.numel(), device=values.device)[:, None] * count
+    numbers = numbers.expand(values.shape).reshape(rows.numel(), -1) + first
+    add_rows(found, numbers.flatten(), values.flatten())
+    return found.view(*rows, count)

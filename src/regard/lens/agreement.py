@@ -94,6 +94,9 @@ def normalise_saliency(
     return paired_min_max(values, seen)
 
 
+normalize_saliency = normalise_saliency  # the other spelling
+
+
 def paired_min_max(
     saliency: Float[Tensor, "I ..."], tokens: Float[Tensor, "I I ..."] | None = None
 ) -> tuple[Tensor, Tensor | None]:

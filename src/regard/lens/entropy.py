@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from regard.core.checks import reject
 from regard.lens.inputs import array, tensor
-from regard.lens.maps import Inputs, run
+from regard.lens.maps import Inputs, run, same_size
 from regard.lens.records import Record, drawing
 from regard.lens.tap import Attention
 
 
 def attention_entropy(
-    weights: Float[Tensor, "... T S"],
+    weights: Float[Tensor, "*batch S"],
     *,
-    visible: Bool[Tensor, "... T S"] | None = None,
+    visible: Bool[Tensor, "*batch S"] | None = None,
     relative: bool = False,
-) -> Float[Tensor, "... T"]:
-    """−Σ_j w_ij ln w_ij of every row, in nats; a weight of 0 adds nothing.
+) -> Float[Tensor, "*batch"]:
+    """−Σ_j w_j ln w_j of every row, in nats; a weight of 0 adds nothing.
 
     relative: divided by the logarithm of how many keys the query sees (`visible`; all if None), so
     that 1 is uniform. A query that sees at most one key gets 0.
@@ -32,7 +32,7 @@ def attention_entropy(
     [1.0]
     """
     operation = "attention_entropy"
-    found = torch.special.entr(tensor(operation, "weights", weights, axes=2, more=True)).sum(-1)
+    found = torch.special.entr(tensor(operation, "weights", weights, axes=1, more=True)).sum(-1)
     if not relative:
         return found
     if visible is None:
@@ -64,7 +64,13 @@ class Entropy(Record):
 
 
 def entropies(model: nn.Module, inputs: Inputs, **where: Any) -> Entropy:
-    """The entropy of every head in one run; `where`: kind, layers and where, as for `tap`."""
+    """The entropy of every head in one run; `where`: kind, layers and where, as for `tap`.
+
+    Padding is no query and no key. Costs the weights of one layer at a time.
+
+    Raises:
+        ValueError: no such layer, or layers of different numbers of heads (choose some).
+    """
     mean, relative, names = [], [], []
 
     def read(attention: Attention) -> None:
@@ -85,4 +91,5 @@ def entropies(model: nn.Module, inputs: Inputs, **where: Any) -> Entropy:
         names.append(attention.name)
 
     run(model, inputs, read, **where)
+    same_size("entropies", mean)
     return Entropy(np.stack(mean), np.stack(relative), tuple(names))

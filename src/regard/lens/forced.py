@@ -15,8 +15,8 @@ from regard.lens.occlusion import Saliency, Scorer, occlusion_saliency
 class ForcedDecoding:
     """The distributions of given tokens, whatever is hidden from the model.
 
-    model: an encoder-decoder of transformers. inputs: its main input, [1, ...]: a spectrogram, or
-    token ids, which are embedded first. tokens: [1, I], the decoder's input ids.
+    model: an encoder-decoder of transformers. inputs: its main input, [1, ...]: a spectrogram, a
+    waveform, or token ids, which are embedded first. tokens: [1, I], the decoder's input ids.
 
     fill: what an occluded value becomes. 0 is the usual choice; it is silence only if features are
     normalised to mean 0, and "minimum" is the quietest value of the input instead.
@@ -45,40 +45,53 @@ class ForcedDecoding:
         name = getattr(model, "main_input_name", "input_ids")
         if name == "input_ids":
             name = "inputs_embeds"
+            encoder = self.model.get_encoder()
+            embed = encoder.get_input_embeddings()
+            # Marian and Pegasus scale ids' embeddings, but not those they are given.
+            scale = 1.0 if hasattr(embed, "embed_scale") else getattr(encoder, "embed_scale", None)
             with torch.no_grad():
-                inputs = self.model.get_encoder().get_input_embeddings()(inputs)
+                inputs = embed(inputs) * (1.0 if scale is None else scale)
         self.name, self.inputs = name, inputs
+        self._output: Any = None  # of the encoder, for what else its decoder may want
         self.fill = float(inputs.min()) if fill == "minimum" else float(fill)
         self.encoder_calls = 0
 
     def encode(self, inputs: Tensor) -> Tensor:
         """The encoder's output [B, S, E]."""
         self.encoder_calls += 1
-        return self.model.get_encoder()(**{self.name: inputs}).last_hidden_state
+        self._output = self.model.get_encoder()(**{self.name: inputs})
+        return self._output.last_hidden_state
 
     def decode(self, memory: Float[Tensor, "B S E"]) -> Float[Tensor, "B I V"]:
         """Log-probabilities of the vocabulary after every position of `tokens`."""
         from transformers.modeling_outputs import BaseModelOutput
 
+        made: Any = BaseModelOutput if self._output is None else type(self._output)
+        beside = {
+            key: value[:1].expand(len(memory), *value.shape[1:])
+            for key, value in (self._output or {}).items()
+            if isinstance(value, Tensor) and key != "last_hidden_state"
+        }
+        encoded = made(last_hidden_state=memory, **beside)
         tokens = self.tokens.expand(len(memory), -1)
-        encoded = BaseModelOutput(last_hidden_state=memory)  # type: ignore[arg-type]
         found = self.model(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False)
         return torch.log_softmax(found.logits.float(), dim=-1)
 
     def hide_input(self, masks: Tensor) -> Float[Tensor, "B I V"]:
         """With the input hidden where masks [B, ...] are 0; [B, T] hides whole vectors or frames.
 
-        For a spectrogram [F, T] frames are the last axis, for embeddings [T, E] the first.
+        Frames of a spectrogram [F, T] are its last axis (the first one, [T, F], if only that has
+        as many), vectors of embeddings [T, E] the first.
         """
         shape = tuple(self.inputs.shape[1:])
         kept = masks.to(self.inputs)
-        if kept.dim() == 2:
-            kept = kept[:, :, None] if self.name == "inputs_embeds" else kept[:, None, :]
-        fits = kept.dim() == 3 and all(
-            a in (1, b) for a, b in zip(kept.shape[1:], shape, strict=True)
-        )
-        if not fits:
-            raise reject("hide_input", "masks", f"[B, {shape[0]}, {shape[1]}]", masks)
+        if kept.dim() == 2 and len(shape) == 2:
+            last = self.name != "inputs_embeds" and kept.shape[1] == shape[1]
+            kept = kept[:, None, :] if last else kept[:, :, None]
+        if kept.dim() != 1 + len(shape) or any(
+            a not in (1, b) for a, b in zip(kept.shape[1:], shape, strict=True)
+        ):
+            raise reject("hide_input", "masks", f"[B, {', '.join(map(str, shape))}]", masks)
         return self.decode(self.encode(self.fill + (self.inputs - self.fill) * kept))
 
     def hide_memory(

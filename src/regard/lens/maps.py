@@ -29,15 +29,7 @@ class AttentionMaps(Record):
 
     def picture(self, path: Any) -> None:
         """The maps of the first input: a row per layer, a column per head."""
-        count, _, heads = self.weights.shape[:3]
-        with drawing(path, (1.3 * heads, 1.3 * count), count, heads) as axes:
-            for (row, column), axis in np.ndenumerate(axes):
-                axis.imshow(self.weights[row, 0, column], vmin=0, aspect="auto")
-                axis.set(xticks=[], yticks=[])
-            for row, layer in enumerate(self.layers):
-                axes[row, 0].set_ylabel(f"layer {layer}")
-            for column in range(heads):
-                axes[0, column].set_title(f"head {column}", fontsize=8)
+        draw_heads(self.weights[:, 0], self.layers, path)
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,27 @@ class Rollout(Record):
             image = axes[0, 0].imshow(self.shares[0], vmin=0)
             axes[0, 0].set(xlabel="input token", ylabel="token after the last layer")
             axes[0, 0].figure.colorbar(image, ax=axes[0, 0])
+
+
+def draw_heads(weights: Float[np.ndarray, "L H T S"], layers: Sequence[int], path: Any) -> None:
+    """A picture of the maps of every layer (row) and head (column), each on a scale of its own."""
+    count, heads = weights.shape[:2]
+    with drawing(path, (1.3 * heads, 1.3 * count), count, heads) as axes:
+        for (row, column), axis in np.ndenumerate(axes):
+            axis.imshow(weights[row, column], vmin=0, aspect="auto")
+            axis.set(xticks=[], yticks=[])
+        for row, layer in enumerate(layers):
+            axes[row, 0].set_ylabel(f"layer {layer}")
+        for column in range(heads):
+            axes[0, column].set_title(f"head {column}", fontsize=8)
+
+
+def same_size(operation: str, parts: Sequence[Tensor | np.ndarray]) -> None:
+    """ValueError where layers of a model are of several shapes and cannot be one array."""
+    shapes = {tuple(part.shape) for part in parts}
+    if len(shapes) != 1:
+        accepted = "layers of one size (choose with layers, kind or where)"
+        raise reject(operation, "model", accepted, sorted(shapes))
 
 
 def run(model: nn.Module, inputs: Inputs, read: Callable[[Attention], None], **where: Any) -> None:
@@ -85,10 +98,7 @@ def attention_maps(
         kept.append(attention.weights.detach().float().cpu())
 
     run(model, inputs, read, kind=kind, layers=layers, where=where)
-    shapes = {tuple(weights.shape) for weights in kept}
-    if len(shapes) != 1:
-        accepted = "layers of one size (choose with layers or where)"
-        raise reject("attention_maps", "model", accepted, sorted(shapes))
+    same_size("attention_maps", kept)
     numbers, names = [a.layer for a in seen], [a.name for a in seen]
     return AttentionMaps(array(torch.stack(kept)), tuple(numbers), tuple(names))
 

@@ -117,12 +117,17 @@ class Saliency(Record):
 
     def picture(self, path: Any) -> None:
         """The map of the first eight tokens, and of all tokens on average."""
-        maps = [*self.values[:8], self.values.mean(0)]
-        titles = [*(f"token {i}" for i in range(len(maps) - 1)), "mean of all tokens"]
-        with drawing(path, (8, 1.6 * len(maps)), len(maps)) as axes:
-            for row, title, values in zip(axes[:, 0], titles, maps, strict=True):
-                row.imshow(np.atleast_2d(values), aspect="auto", origin="lower")
-                row.set_title(title)
+        draw_tokens(self.values, path)
+
+
+def draw_tokens(values: Float[np.ndarray, "I ..."], path: Any) -> None:
+    """A picture of the maps of the first eight tokens, and of all tokens on average."""
+    maps = [*values[:8], values.mean(0)]
+    titles = [*(f"token {i}" for i in range(len(maps) - 1)), "mean of all tokens"]
+    with drawing(path, (8, 1.6 * len(maps)), len(maps)) as axes:
+        for row, title, part in zip(axes[:, 0], titles, maps, strict=True):
+            row.imshow(np.atleast_2d(part), aspect="auto", origin="lower")
+            row.set_title(title)
 
 
 def occlusion_saliency(

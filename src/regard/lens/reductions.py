@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.lens.taps.call import Attention, Kind
+from regard.core.accumulate import add_rows
+from regard.lens.taps.call import Attention, Kind, blocks_of
 
+WEIGHTS, LEAST_ROWS = 1 << 18, 16  # of a block, where nobody says how many rows
 BINS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -64,13 +66,14 @@ class Reduce:
         distance: mean distance and the profile over `bins` (self-attention only).
         bins: edges of the distances, rising from 0.
         rollout: follow attention through the layers: None, or the queries to start from, such as
-            [0] for a class token. Exact only with whole maps in one order, so it keeps, per
-            layer, the mean over heads [B, T, S]; see `rollout()`.
+            [0] for a class token; see `rollout()`. The one sum that is a map: the product of the
+            layers so far, [B, T, T].
         residual: share `keep` of every layer's input in its output, for the rollout.
-        block: queries per block; changes nothing but memory.
+        block: queries per block; changes nothing but memory and time. None: what suits a cache.
 
     Cost: one product of queries and keys and a few passes over a block's weights, per layer;
-    O(B H block S) memory at a time (a rollout: O(B T S) per layer).
+    O(B H block S) memory at a time. A rollout adds a product of B maps T x T per layer and keeps
+    one such map, of no head and no layer.
     Raises: ValueError for bins that do not rise from 0, or what no call can give.
 
     >>> from regard.lens.tap import tap
@@ -93,11 +96,11 @@ class Reduce:
         bins: Sequence[int] = BINS,
         rollout: Sequence[int] | None = None,
         residual: float = 0.5,
-        block: int = 32,
+        block: int | None = None,
     ) -> None:
         if list(bins) != sorted(set(bins)) or not bins or bins[0] != 0:
             raise ValueError(f"Reduce: bins {tuple(bins)}: must rise, from 0")
-        if top < 0 or block < 1 or not 0 <= residual <= 1:
+        if top < 0 or (block or 1) < 1 or not 0 <= residual <= 1:
             raise ValueError(
                 f"Reduce: top {top}, block {block}, residual {residual}: "
                 "must be at least 0, at least 1, and in [0, 1]"
@@ -106,11 +109,11 @@ class Reduce:
         self.bins, self.block, self.residual = tuple(bins), block, residual
         self.rollout_from = rollout
         self._sums: dict[str, _Sums] = {}
-        self._maps: dict[str, Tensor] = {}
+        self._path: _Path | None = None
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self._sums, self._maps = {}, {}
+        self._sums, self._path = {}, None
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -127,52 +130,55 @@ class Reduce:
         real = attention.query_mask if padded else None
         sums.queries += B * T if real is None else int(real.sum())
         got = torch.zeros(B, H, S, device=attention.q.device) if self.received else None
-        distances = self.distance and attention.kind == "self"
-        tops = []
-        for rows, weights in attention.blocks(self.block):
+        shares = None  # of weight by key - query, from -T on
+        if self.distance and attention.kind == "self":
+            shares = torch.zeros(H, T + S, device=attention.q.device)
+        tops, path = [], self._path_through(key, attention)
+        block = self.block or max(LEAST_ROWS, WEIGHTS // max(B * H * S, 1) // 8 * 8)
+        for rows, weights, scores in attention.open_blocks(block):
             weights = weights.float()
             if real is not None:
                 weights = weights * real[:, None, rows.start : rows.stop, None]
             if self.entropy:
-                # xlogy and entr are slow; a floor in the logarithm changes nothing where w = 0.
-                logs = weights.clamp_min(torch.finfo(torch.float32).tiny).log_()
-                dots = torch.linalg.vecdot(weights.flatten(2), logs.flatten(2))
-                _add(values, "entropy", -dots.sum(0))
+                _add(values, "entropy", _entropies(weights, scores).sum(0))
             if got is not None:
                 got += weights.sum(2)
-            if distances:
-                self._distances(values, weights, rows, attention)
+            if shares is not None:
+                left = T - rows.stop
+                shares[:, left : left + len(rows) + S] += _by_distance(weights.sum(0))
             if self.top:
                 tops.append(weights.topk(min(self.top, S), -1))
-            if self.rollout_from is not None:
-                tops_map = weights.mean(1)
-                self._map(key, tops_map, rows.start)
+            if path is not None:
+                path.add(rows, weights.mean(1), self.residual)
+        if shares is not None:
+            self._distances(values, shares, attention)
         if got is not None:
             _grow(values, "received", got)
-            _grow(values, "seen", _seers(attention, real))
+            _grow(values, "seen", _seers(attention, real, block))
         if tops:
             values["top"] = torch.cat([part.indices for part in tops], 2)
             values["top_weights"] = torch.cat([part.values for part in tops], 2)
 
-    def _distances(
-        self, values: dict[str, Tensor], weights: Tensor, rows: range, attention: Attention
-    ) -> None:
-        S = weights.shape[-1]
-        start = min(attention.offset, S - attention.q.shape[2])
-        at = torch.arange(start + rows.start, start + rows.stop, device=weights.device)
-        apart = (at[:, None] - torch.arange(S, device=weights.device)).abs()
-        by_head = weights.sum(0)
-        _add(values, "distance", torch.einsum("hts,ts->h", by_head, apart.float()))
-        edges = torch.tensor(self.bins, device=weights.device)
-        which = (torch.bucketize(apart, edges, right=True) - 1).flatten()
-        profile = weights.new_zeros(weights.shape[1], len(self.bins))
-        _add(values, "profile", profile.index_add_(1, which, by_head.flatten(1)))
+    def _distances(self, values: dict[str, Tensor], shares: Tensor, attention: Attention) -> None:
+        T, S = attention.q.shape[2], attention.k.shape[2]
+        first = min(attention.offset, S - T)  # the first query's place among the keys
+        apart = (torch.arange(T + S, device=shares.device) - T - first).abs()
+        _add(values, "distance", shares @ apart.to(shares.dtype))
+        edges = torch.tensor(self.bins, device=shares.device)
+        which = torch.bucketize(apart, edges, right=True) - 1
+        profile = shares.new_zeros(shares.shape[0], len(self.bins))
+        add_rows(profile.mT, which, shares.mT)
+        _add(values, "profile", profile)
 
-    def _map(self, key: str, part: Tensor, start: int) -> None:
-        if start == 0:
-            self._maps[key] = part
-        else:
-            self._maps[key] = torch.cat([self._maps[key], part], 1)
+    def _path_through(self, key: str, attention: Attention) -> _Path | None:
+        """The product of the layers, ready for one more; a layer seen again starts a new one."""
+        if self.rollout_from is None:
+            return None
+        path = self._path
+        if path is None or key in path.layers:
+            path = self._path = _Path(attention)
+        path.next_layer(key, attention)
+        return path if path.trouble is None else None
 
     # -- results -----------------------------------------------------------------------------
 
@@ -194,28 +200,73 @@ class Reduce:
     def rollout(self) -> Float[Tensor, "b n s"]:
         """Attention followed through the layers from the chosen queries to the first input.
 
-        From the last layer down, r <- keep r + (1 - keep) r W_l with W_l the mean over heads:
-        rows of the product of all layers (Abnar and Zuidema, arXiv 2005.00928), without forming
-        it.
+        Rows of Π_l (keep I + (1 - keep) W_l), the last layer on the left, with W_l the mean over
+        heads (Abnar and Zuidema, arXiv 2005.00928); of the last run of the model.
         """
         if self.rollout_from is None:
             raise ValueError("Reduce: rollout: was not asked for (rollout=[queries to start from])")
-        if not self._maps:
+        path = self._path
+        if path is None:
             raise ValueError("Reduce: rollout: no attention was seen")
-        maps = list(self._maps.values())
-        shapes = {tuple(part.shape[1:]) for part in maps}
-        if len(shapes) > 1 or len(set(shapes.pop())) > 1:
-            raise ValueError("Reduce: rollout: needs square maps of one size; choose one tower")
-        T = maps[0].shape[1]
-        wrong = [i for i in self.rollout_from if not -T <= i < T]
-        if wrong:
+        if path.trouble is not None:
+            raise ValueError(f"Reduce: rollout: {path.trouble}")
+        T = path.product.shape[1]
+        if wrong := [i for i in self.rollout_from if not -T <= i < T]:
             raise ValueError(f"Reduce: rollout: queries {wrong}: there are {T}")
-        chosen = torch.tensor([i % T for i in self.rollout_from], device=maps[0].device)
-        path = torch.nn.functional.one_hot(chosen, T).to(maps[0].dtype)
-        path = path.expand(maps[0].shape[0], -1, -1)
-        for weights in reversed(maps):
-            path = self.residual * path + (1 - self.residual) * path @ weights
-        return path
+        return path.product[:, [i % T for i in self.rollout_from]]
+
+
+class _Path:
+    """The product of the maps of the layers so far, over the mean of their heads."""
+
+    def __init__(self, attention: Attention) -> None:
+        B, _, T, _ = attention.q.shape
+        self.layers: list[str] = []
+        self.trouble: str | None = None
+        self.product = torch.eye(T, device=attention.q.device).expand(B, T, T)
+        self._before = self.product
+
+    def next_layer(self, key: str, attention: Attention) -> None:
+        B, _, T, _ = attention.q.shape
+        if (B, T, attention.k.shape[2]) != (*self.product.shape[:2], self.product.shape[1]):
+            self.trouble = "needs square maps of one size; choose one tower"
+            return
+        self.layers.append(key)
+        self._before, self.product = (
+            self.product,
+            torch.empty_like(self.product, memory_format=torch.contiguous_format),
+        )
+
+    def add(self, rows: range, weights: Tensor, keep: float) -> None:
+        part = self._before[:, rows.start : rows.stop]
+        whole = torch.baddbmm(part, weights, self._before, beta=keep, alpha=1 - keep)
+        self.product[:, rows.start : rows.stop] = whole
+        if rows.stop == self.product.shape[1]:
+            self._before = self.product
+
+
+def _entropies(
+    weights: Float[Tensor, "b h t s"], scores: Float[Tensor, "b h t s"] | None
+) -> Float[Tensor, "b h"]:
+    """Sums over queries of -Σ_j w_ij ln w_ij."""
+    if scores is None or scores.dtype != weights.dtype:
+        # xlogy and entr are slow; a floor in the logarithm changes nothing where w = 0.
+        logs = weights.clamp_min(torch.finfo(torch.float32).tiny).log_()
+        return -torch.linalg.vecdot(weights.flatten(2), logs.flatten(2))
+    # ln w_ij = s_ij - z_i, one logarithm per row: z_i = max s - ln max w.
+    z = scores.amax(-1) - weights.amax(-1).log_()
+    return (z - torch.linalg.vecdot(weights, scores)).sum(-1)
+
+
+def _by_distance(weights: Float[Tensor, "h t s"]) -> Float[Tensor, "h n"]:
+    """Sums along the diagonals: column n holds key - query = n - t, n from 0 to t + s - 1.
+
+    Rows t + s apart in memory, read as rows of t + s + 1, are each shifted by one more.
+    """
+    H, T, S = weights.shape
+    lines = weights.new_zeros(H, T * (T + S + 1))
+    lines[:, : T * (T + S)].view(H, T, T + S)[..., T:] = weights
+    return lines.view(H, T, T + S + 1)[..., : T + S].sum(1)
 
 
 def _add(values: dict[str, Tensor], name: str, part: Tensor) -> None:
@@ -233,10 +284,16 @@ def _grow(values: dict[str, Tensor], name: str, part: Tensor) -> None:
     values[name] = part
 
 
-def _seers(attention: Attention, real: Tensor | None) -> Float[Tensor, "b 1 s"]:
+def _seers(attention: Attention, real: Tensor | None, block: int) -> Float[Tensor, "b 1 s"]:
     """How many real queries see a key."""
     B, _, T, _ = attention.q.shape
+    S, device = attention.k.shape[2], attention.q.device
+    seen = torch.zeros(B, 1, S, device=device)
     if real is None:
-        return torch.full((B, 1, attention.k.shape[2]), float(T), device=attention.q.device)
-    seen = attention.visible & real[:, None, :, None]
-    return seen.sum(2)[:, :1].float().expand(B, -1, -1)
+        first = torch.arange(S, device=device) - (attention.diagonal or 0)  # to see the key
+        counts = T - first.clamp(0, T) if attention.diagonal is not None else T
+        return seen + counts
+    for rows in blocks_of(T, block):
+        visible = attention.visible_of(rows)[:, :1] & real[:, None, rows.start : rows.stop, None]
+        seen += visible.sum(2)
+    return seen

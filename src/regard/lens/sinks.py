@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regard.core.checks import check_flag, check_integer, check_number, reject
 from regard.lens.inputs import array, tensor
-from regard.lens.maps import Inputs, run
+from regard.lens.maps import Inputs, run, same_size
 from regard.lens.records import Record, drawing
 from regard.lens.tap import Attention
 
@@ -163,6 +163,9 @@ def sinks(
 
     theta, alpha: as for `find_sinks`. spare_first: the first real key is
     no sink, whatever it gets. `where`: kind, layers and where, as for `tap`.
+
+    Raises:
+        ValueError: no such layer, or layers of different sizes (choose some, or a tower).
     """
     check_flag("sinks", "spare_first", spare_first)
     received, found, mass, largest, hidden, names = [], [], [], [], [], []
@@ -187,17 +190,19 @@ def sinks(
         received.append(means)
         found.append(sink)
         names.append(attention.name)
-        if attention.hidden is not None:
+        if attention.kind == "self" and attention.hidden is not None:
             states = attention.hidden.float()
             scale = (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
             largest.append(array((states.abs() / scale).amax(-1)))
             hidden.append(states)
 
     run(model, inputs, read, **where)
+    same_size("sinks", received)
     columns = torch.stack(received)
     dimensions: list[int] = []
     sizes = np.full((columns.shape[0], columns.shape[1], columns.shape[3]), np.nan)
-    if len(hidden) == len(columns) and columns.shape[3] == hidden[0].shape[1]:
+    known = len(hidden) == len(columns) and len({states.shape for states in hidden}) == 1
+    if known and columns.shape[3] == hidden[0].shape[1]:
         sizes = np.stack(largest)
         heaviest = columns.mean((0, 2)).argmax(-1)
         dimensions = sink_dimensions(torch.stack(hidden), token=heaviest)

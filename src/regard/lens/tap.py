@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -77,8 +76,9 @@ class tap:  # noqa: N801 (a context manager, used as a function)
 
     Cost: that of what is asked: readers that look at q, k, v and output only cost nothing;
     `weights` is one product and one softmax, O(T S) memory; `Attention.blocks` needs a block's.
-    Limits: not inside a compiled graph (`torch.compile`, CUDA graphs), and not on models set to
-    flash or flex attention, which hand over no usable mask.
+    Limits: compiled models run with a tap, but in pieces: it stands outside of compiled graphs,
+    so that `fullgraph=True`, export and CUDA graphs raise. Not on models set to flash or flex
+    attention, which hand over no usable mask; a model is copied or pickled with its taps closed.
 
     Raises:
         ValueError: no layer of attention that is known, or none of those asked for; a layer or
@@ -198,9 +198,9 @@ def _found(model: nn.Module) -> Iterator[tuple[nn.Module, Point, Any]]:
 
 
 def _block(model: nn.Module, name: str) -> nn.Module | None:
-    """The element of a stack that holds the module: the path up to its last number."""
-    numbers = [*re.finditer(r"(?:^|\.)\d+(?=\.)", name)]
-    return model.get_submodule(name[: numbers[-1].end()]) if numbers else None
+    """The element of a stack that holds the module."""
+    number = transformers.stack_number(name)
+    return None if number is None else model.get_submodule(name[: number.end()])
 
 
 def _span(layers: set[int]) -> str:

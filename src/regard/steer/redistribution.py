@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import TracebackType
-from typing import Any, Self
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard.lens.sinks import find_sinks as heavy_keys
+from regard.lens.sinks import sink_dimensions as massive_dimensions
 from regard.lens.tap import Attention, Edit, points, tap
-from regard.steer.act_calibration import for_keys
+from regard.steer.context import Steering, for_keys, watching
 from regard.steer.images import ImagePlaces
 
 SHARE_EPSILON = 1e-6  # per image token, in the share of the sinks: part of the published rule
+ALPHA = 5.0  # times the uniform weight, where sinks are told by their attention
 LLAMA2_7B_DIMENSIONS = (1415, 2533)
 LLAMA2_13B_DIMENSIONS = (2100, 4743)
 
@@ -95,6 +98,10 @@ def redistribute_output(
     return torch.where(room > 0, new, output)
 
 
+class NoMassiveDimension(ValueError):
+    """No hidden dimension of the first token stands out."""
+
+
 def sink_dimensions(
     model: nn.Module,
     *args: Any,
@@ -109,37 +116,32 @@ def sink_dimensions(
     fourth layer to the last but one, where there are so many), |x_d| / rms(x) is among the `most`
     largest and above `times` its median, in more than half of these layers and of the rows.
 
-    Raises: ValueError where there is none, or the model's layers do not show their input.
+    Raises: NoMassiveDimension, a ValueError, where there is none; ValueError where the model's
+    layers do not show their input.
     """
-    votes: list[Tensor] = []
+    firsts: list[Tensor] = []
     layers = sorted({p.layer for p in _text_points(model, where)})
     middle = set(layers[3:-1] or layers[-1:])
 
     def look(attention: Attention) -> None:
-        if attention.layer not in middle or attention.hidden is None or attention.offset:
-            return
-        first = attention.query_mask.int().argmax(1)
-        x = attention.hidden.detach().float()[torch.arange(len(first)), first]
-        sizes = x.abs() * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        bound = times * sizes.median(-1, keepdim=True).values
-        bound = torch.maximum(bound, sizes.topk(min(most, x.shape[1]), -1).values[:, -1:])
-        votes.append((sizes >= bound) & (sizes > times * sizes.median(-1, keepdim=True).values))
+        if attention.layer in middle and attention.hidden is not None and not attention.offset:
+            first = attention.query_mask.int().argmax(1)
+            firsts.append(attention.hidden[torch.arange(len(first)), first].detach()[:, None])
 
     with torch.no_grad(), tap(model, read=look, where=_text(model, where), kind="self"):
         model(*args, **inputs)
-    if not votes:
+    if not firsts:
         raise ValueError("sink_dimensions: model: its layers do not show what enters them")
-    share = torch.cat(votes).float().mean(0)
-    found = tuple(int(d) for d in (share > 0.5).nonzero().flatten())
+    found = sorted(massive_dimensions(torch.stack(firsts), most=most, ratio=times))
     if not found:
-        raise ValueError(
-            "sink_dimensions: no dimension of the first token stands out; choose sinks otherwise "
-            "(for instance by steer.act_calibration.find_sinks)"
+        raise NoMassiveDimension(
+            "sink_dimensions: no dimension of the first token stands out; sinks can be told by "
+            "their attention instead (dims='attention')"
         )
-    return found
+    return tuple(found)
 
 
-class visual_attention_redistribution:  # noqa: N801 (a context manager, used as a function)
+class visual_attention_redistribution(Steering):  # noqa: N801 (a context manager, used as a function)
     """Recycles the attention that visual sinks draw, while it is open (VAR).
 
     Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models"
@@ -154,8 +156,9 @@ class visual_attention_redistribution:  # noqa: N801 (a context manager, used as
 
     Args:
         model: a decoder of transformers with image tokens in its prompt.
-        dims: massive dimensions of the base model, or "auto": found by one more run of the first
-            prompt (see `sink_dimensions`).
+        dims: massive dimensions of the base model; "auto": found by one more run of the first
+            prompt (see `sink_dimensions`); "attention": sinks are, instead, the tokens whose mean
+            weight over heads and queries is above 5 / tokens, which "auto" falls back to.
         image: bool [B, T], the prompt's image tokens; None: from input_ids and the config.
         tau, rho, min_mass: as above and in `image_centric_heads`.
         keep: what sinks keep (the released code's p; the paper counts what is moved); 1 changes
@@ -186,14 +189,18 @@ class visual_attention_redistribution:  # noqa: N801 (a context manager, used as
                 raise ValueError(
                     f"visual_attention_redistribution: {name} {value}: must be in [0, 1]"
                 )
-        if isinstance(dims, str) and dims != "auto":
+        if dims not in ("auto", "attention") and (isinstance(dims, str) or not len(dims)):
             raise ValueError(
-                f"visual_attention_redistribution: dims {dims!r}: must be numbers or 'auto'"
+                f"visual_attention_redistribution: dims {dims!r}: must be numbers, 'auto' or "
+                "'attention'"
             )
         self.model, self.tau, self.rho, self.keep = model, tau, rho, keep
         self.min_mass, self.where = min_mass, where
-        self.dims: tuple[int, ...] | None = None if isinstance(dims, str) else tuple(dims)
-        self._auto = isinstance(dims, str)
+        # None: not known yet; empty: sinks are told by their attention.
+        self.dims: tuple[int, ...] | None = None
+        self._finding = False
+        if dims != "auto":
+            self.dims = () if dims == "attention" else tuple(int(d) for d in dims)
         self.places = ImagePlaces(model, image, "visual_attention_redistribution")
         there = sorted({point.layer for point in _text_points(model, where)})
         skipped = set(skip_layers) | ({there[-1]} if skip_last and there else set())
@@ -208,51 +215,37 @@ class visual_attention_redistribution:  # noqa: N801 (a context manager, used as
         )
         self.sinks: dict[int, Tensor] = {}  # of the prompt, by layer: [B, T]
         self._image: Tensor | None = None
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> Self:
+    def parts(self) -> list[AbstractContextManager[Any]]:
+        """A look at the model's inputs, and the tap."""
+        return [watching(self.model, self._watch), self._tap]
+
+    def start(self) -> None:
+        """Forget the last prompt; dimensions that were found stay."""
         self.sinks, self._image = {}, None
-        self._hooks.append(self.model.register_forward_pre_hook(self._watch, with_kwargs=True))
-        try:
-            self._tap.__enter__()
-        except BaseException:
-            self._hooks.pop().remove()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._hooks.pop().remove()
-        self._tap.__exit__(kind, error, trace)
 
     def _watch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.places.watch(module, args, kwargs)
-        if self._auto and self.dims is None and self.keep != 1:
-            plain = {k: v for k, v in kwargs.items() if "cache" not in k and "past" not in k}
-            self.dims = ()  # this run of the model comes through here again
-            try:
-                found = sink_dimensions(module, *args, where=self.where, use_cache=False, **plain)
-            except BaseException:
-                self.dims = None
-                raise
-            self.dims = found
+        if self.dims is not None or self._finding or self.keep == 1:
+            return
+        plain = {k: v for k, v in kwargs.items() if "cache" not in k and "past" not in k}
+        self._finding = True  # that run comes through here again, and is not steered
+        try:
+            self.dims = sink_dimensions(module, *args, where=self.where, use_cache=False, **plain)
+        except NoMassiveDimension:
+            self.dims = ()
+        finally:
+            self._finding = False
 
     def _redistribute(self, weights: Tensor, attention: Attention) -> Tensor | None:
-        if self.keep == 1 or not self.dims:
+        if self.keep == 1 or self.dims is None:
             return None
         B, T = weights.shape[0], weights.shape[2]
         name = "visual_attention_redistribution"
         if attention.offset == 0:
-            if attention.hidden is None:
-                raise ValueError(f"{name}: {attention.name} does not show its layer's input")
             real = attention.query_mask
             self._image = self.places.prompt(T, B) & real
-            score = sink_score(attention.hidden, self.dims)
-            self.sinks[attention.layer] = (score > self.tau) & real
+            self.sinks[attention.layer] = self._sinks(weights, attention, real)
         elif attention.layer not in self.sinks or self._image is None:
             raise ValueError(f"{name}: a cache whose prompt was run outside; run it inside too")
         image = for_keys(self._image, attention)
@@ -261,10 +254,50 @@ class visual_attention_redistribution:  # noqa: N801 (a context manager, used as
             return None
         selected = image_centric_heads(weights, sinks, image, self.rho, self.min_mass)
         if attention.offset == 0:
-            T_image = self._image.int()
-            after = T_image.flip(1).cumsum(1).flip(1) == 0  # no image token here or later
-            selected = selected & after[:, None, :]
+            later = self._image.flip(1).cumsum(1).flip(1)  # image tokens here and later
+            selected = selected & (later == 0)[:, None, :]
         return redistribute(weights, sinks, image, selected, self.keep)
+
+    def _sinks(self, weights: Tensor, attention: Attention, real: Tensor) -> Tensor:
+        if not self.dims:
+            visible = (attention.visible & real[:, None, :, None])[:, 0]
+            return heavy_keys(weights.mean(1), theta=None, alpha=ALPHA, visible=visible) & real
+        if attention.hidden is None:
+            raise ValueError(
+                f"visual_attention_redistribution: {attention.name} does not show its layer's input"
+            )
+        return (sink_score(attention.hidden, self.dims) > self.tau) & real
+
+
+def find_visual_sinks(
+    model: nn.Module,
+    *args: Any,
+    dims: Sequence[int] | str = "auto",
+    image: Bool[Tensor, "b t"] | None = None,
+    tau: float = 20.0,
+    skip_layers: Collection[int] = (0, 1),
+    where: str | None = None,
+    **inputs: Any,
+) -> dict[int, Bool[Tensor, "b t"]]:
+    """Which image tokens of a prompt are sinks, by layer, from one run of the model.
+
+    Arguments as for `visual_attention_redistribution`; the others are the model's.
+    """
+    steering = visual_attention_redistribution(
+        model,
+        dims,
+        image=image,
+        tau=tau,
+        rho=0.0,
+        min_mass=1.0,
+        skip_layers=skip_layers,
+        skip_last=False,
+        where=where,
+    )
+    with torch.no_grad(), steering:  # these limits leave every row as it is
+        model(*args, **inputs)
+    image = steering._image
+    return {} if image is None else {n: sinks & image for n, sinks in steering.sinks.items()}
 
 
 def _text(model: nn.Module, where: str | None) -> str | None:

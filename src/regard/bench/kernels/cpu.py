@@ -165,6 +165,7 @@ def lower_sets(sets: Iterable[str]) -> Iterator[Case]:
                 "instruction sets", impl="native", dim=D, length=2048, isa=name,
                 targets=(Target("of peak", least=OF_PEAK),),
             )  # fmt: skip
+    yield from sparse.lower_sets(Case, list(sets)[1:])
 
 
 def threaded(impls: Iterable[str]) -> Iterator[Case]:

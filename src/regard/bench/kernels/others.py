@@ -63,18 +63,7 @@ def _flex(case: Case, given: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
         return {}
     q, k, v = (given[name] for name in "qkv")
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return run(q, k, v)
-
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-
-    def both() -> Any:
-        out = run(*leaves)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    calls = {f"{FLEX} forward": forward}
-    return {**calls, f"{FLEX} both": both} if case.work == "gradients" else calls
+    return _passes(FLEX, case, run, q, k, v)
 
 
 def family_contestants(
@@ -137,6 +126,14 @@ def _fla(
     else:
         return {}
 
+    return _passes(FLA, case, run, q, k, v)
+
+
+def _passes(
+    name: str, case: Case, run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """Their forward, and where the case has gradients a forward and backward."""
+
     def forward() -> Any:
         with torch.no_grad():
             return run(q, k, v)
@@ -147,8 +144,8 @@ def _fla(
         out = run(*leaves)
         return torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    calls = {f"{FLA} forward": forward}
-    return {**calls, f"{FLA} both": both} if case.work == "gradients" else calls
+    calls = {f"{name} forward": forward}
+    return {**calls, f"{name} both": both} if case.work == "gradients" else calls
 
 
 def _installed(name: str) -> bool:

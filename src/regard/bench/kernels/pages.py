@@ -41,6 +41,7 @@ TITLES = {
     "linear family, decode": "The linear family, one token",
     "chosen blocks": "Block-sparse attention",
     "chosen blocks, gradients": "Block-sparse attention, forward and backward",
+    "chosen blocks, lower sets": "Block-sparse attention, lower instruction sets",
     "windows": "Windows",
 }
 

@@ -6,7 +6,7 @@ by itself. Rows are judged against the eager form in float64, query by query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,7 @@ K4, K16 = 4096, 16384
 DENSITIES = (0.1, 0.2, 0.3)
 # SDPA's time over ours, at least, at these densities: must, stretch (4k tokens have none).
 FASTER = {K4: ((7.0, 3.8, 2.5), None), K16: ((8.0, 4.2, 2.8), (10.5, 5.6, 3.6))}
+EAGER_FASTER = {SMALL_BLOCK: (5.0, 2.3, 1.4), BLOCK: (5.0, 2.7, 1.7)}  # by block, at 16k tokens
 CAUSAL, GRADIENTS = 0.75, 0.7  # of 1 / density: of a causal call; of a forward and backward
 WINDOW, WINDOW_FASTER = 256, 6.0  # at 4k tokens, forward and both
 BOUND, GRADIENT_BOUND = 1e-5, 3e-5  # of float32
@@ -113,12 +114,7 @@ def on_processor(make: Callable[..., Case], impl: str, wanted: bool, quick: bool
         musts, stretches = FASTER[length]
         for block in (BLOCK,) if quick else (SMALL_BLOCK, BLOCK):
             for i, density in enumerate(DENSITIES):
-                options = {"block_q": block, "block_k": block}
-                case = make(
-                    "chosen blocks", mechanism="block_sparse", impl=impl, length=length,
-                    causal=False, density=density, options=options, bound=BOUND,
-                    gradient_bound=GRADIENT_BOUND,
-                )  # fmt: skip
+                case = _on_blocks(make, impl, length, block, density)
                 targets = [_faster("SDPA/forward", musts[i])]
                 if stretches is not None:
                     targets.append(_faster("SDPA/forward", stretches[i], "stretch"))
@@ -132,12 +128,35 @@ def on_processor(make: Callable[..., Case], impl: str, wanted: bool, quick: bool
                     case, section="chosen blocks, gradients", work="gradients",
                     targets=(least,) if wanted else (),
                 )  # fmt: skip
+    if wanted and not quick:
+        for block, musts in EAGER_FASTER.items():
+            for density, least in zip(DENSITIES, musts, strict=True):
+                case = _on_blocks(make, "eager", K16, block, density)
+                yield replace(case, targets=(_faster("SDPA/forward", least),))
     targets = [_faster(f"SDPA/{work}", WINDOW_FASTER) for work in ("forward", "both")]
     yield make(
         "windows", mechanism="window", impl=impl, work="gradients", length=K4,
         options={"window": (WINDOW - 1, 0)}, bound=BOUND, gradient_bound=GRADIENT_BOUND,
         targets=tuple(targets) if wanted else (),
     )  # fmt: skip
+
+
+def _on_blocks(
+    make: Callable[..., Case], impl: str, length: int, block: int, density: float
+) -> Case:
+    return make(
+        "chosen blocks", mechanism="block_sparse", impl=impl, length=length, causal=False,
+        density=density, options={"block_q": block, "block_k": block}, bound=BOUND,
+        gradient_bound=GRADIENT_BOUND,
+    )  # fmt: skip
+
+
+def lower_sets(make: Callable[..., Case], sets: Iterable[str]) -> Iterator[Case]:
+    """The native form on these instruction sets; torch's attention keeps the best one."""
+    for name in sets:
+        for density in DENSITIES[:2]:
+            case = _on_blocks(make, "native", K4, SMALL_BLOCK, density)
+            yield replace(case, section="chosen blocks, lower sets", isa=name)
 
 
 def threaded(make: Callable[..., Case], impl: str) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.lens.taps.call import Attention
-from regard.lens.taps.station import Point, Station
+from regard.lens.taps.station import OUTSIDE_GRAPHS, Point, Station
 from regard.lens.taps.transformers import point_by_path
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -43,6 +43,7 @@ class FunctionalStation(Station):
         self.before = self.module.__dict__.get("forward")
         own = self.module.forward
 
+        @torch.compiler.disable(reason=OUTSIDE_GRAPHS)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with _Watch(self):
                 return own(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regard.core.card import Card
 from regard.lens.taps.call import Attention
-from regard.lens.taps.station import Point, Station
+from regard.lens.taps.station import OUTSIDE_GRAPHS, Point, Station
 from regard.lens.taps.transformers import point_by_path
 
 SCORES = {"scale", "key_mask", "bias", "softcap", "sinks", "window", "state", "return_state"}
@@ -46,6 +46,7 @@ class MixerStation(Station):
         if self.card is not None:
             layer.card, self.card = self.card, None
 
+    @torch.compiler.disable(reason=OUTSIDE_GRAPHS)
     def _call(self, *, q: Tensor, k: Tensor, v: Tensor, causal: bool, **given: Any) -> Any:
         card: Any = self.card
         result = card.op(q=q, k=k, v=v, causal=causal, **given)

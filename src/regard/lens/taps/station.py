@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from regard.lens.taps.call import Attention, Kind, describe
 
+OUTSIDE_GRAPHS = "a tap of regard stands outside compiled graphs"
 Reader = Callable[[Attention], None]
 Editor = Callable[[Tensor, Attention], Tensor | None]
 Heads = Sequence[int] | Mapping[int, Sequence[int]] | None
@@ -66,6 +67,9 @@ class Edit:
     heads: Heads = None
     queries: slice = field(default_factory=lambda: slice(None))  # (a slice has no hash)
 
+    def __post_init__(self) -> None:
+        rows_of(self.queries, 1)
+
     def heads_in(self, attention: Attention) -> list[int]:
         """The heads of this edit in a layer; may be none."""
         H = attention.q.shape[1]
@@ -114,6 +118,11 @@ class Station:
     def remove(self) -> None:
         """Leave the module as it was."""
         raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError(
+            f"tap: {self.point.name} is being copied while a tap is open on it; close it first"
+        )
 
     # -- taps coming and going ---------------------------------------------------------------
 
@@ -233,9 +242,12 @@ def apply_edits(attention: Attention, edits: Sequence[Edit]) -> None:
                 kept = torch.nn.functional.dropout(weights.value, attention.dropout)
                 new = attention.mix(kept if attention.dropout else weights.value, heads)
                 # Rows that came back as they were keep the model's own numbers.
-                other = (scores.value != plain) | (weights.value != before_post)
+                other = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=new.device)
+                for stage, start in ((scores, plain), (weights, before_post)):
+                    if stage.touched:
+                        other = other | (stage.value != start).any(-1, keepdim=True)
                 own = _part(attention.output, heads, rows)
-                _write(attention, heads, rows, torch.where(other.any(-1, keepdim=True), new, own))
+                _write(attention, heads, rows, torch.where(other, new, own))
         closing = [edit for edit in edits if edit.output is not None]
         heads, rows = _reach(closing, attention)
         if heads and len(rows):
@@ -258,10 +270,9 @@ def _masked(scores: Tensor, attention: Attention, heads: list[int], rows: range)
 
 def rows_of(queries: slice, count: int) -> range:
     """The rows of a slice, as a range; its step must be 1."""
-    rows = range(count)[queries]
-    if rows.step != 1:
+    if queries.step not in (None, 1):
         raise ValueError(f"tap: edit.queries {queries}: its step must be 1")
-    return rows
+    return range(count)[queries]
 
 
 def _reach(edits: Sequence[Edit], attention: Attention) -> tuple[list[int], range]:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.lens.taps.call import Attention, Kind
-from regard.lens.taps.station import STATIONS, Point, Station
+from regard.lens.taps.station import OUTSIDE_GRAPHS, STATIONS, Point, Station
 
 NAME = "regard_tap"
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 SOFTMAX = ("eager", "sdpa", "regard:softmax")
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 
@@ -54,10 +55,21 @@ def point_of(name: str, module: nn.Module, order: int) -> Point:
 
 def point_by_path(name: str, order: int, kind: Kind, heads: int | None) -> Point:
     """A point whose layer is the last number in the path, or else its place among its like."""
-    numbers = [*re.finditer(r"(?:^|\.)(\d+)(?=\.|$)", name)]
-    if not numbers:
+    number = stack_number(name)
+    if number is None:
         return Point(name, "", order, kind, heads)
-    return Point(name, name[: numbers[-1].start()], int(numbers[-1].group(1)), kind, heads)
+    return Point(name, name[: number.start()], int(number.group(1)), kind, heads)
+
+
+def stack_number(name: str) -> re.Match[str] | None:
+    """The number in a path that counts the layers of a stack: the last one.
+
+    But not that of T5's blocks, each of which keeps its parts in a list: `block.3.layer.0`.
+    """
+    numbers = [*NUMBER.finditer(name)]
+    if len(numbers) > 1 and re.search(r"\bblock\.\d+\.layer$", name[: numbers[-1].start()]):
+        return numbers[-2]
+    return numbers[-1] if numbers else None
 
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -197,6 +209,7 @@ def _register() -> None:
     AttentionInterface.register(NAME, _tapped)
 
 
+@torch.compiler.disable(reason=OUTSIDE_GRAPHS)
 def _tapped(
     module: nn.Module,
     query: Tensor,

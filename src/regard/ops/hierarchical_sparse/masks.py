@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from regard.core.accumulate import sums_by
 from regard.core.checks import check_choice, check_integer, check_number, check_qkv, reject
 from regard.core.precision import compute_dtype
 
@@ -155,11 +156,9 @@ def _vertical_slash(q: Tensor, k: Tensor, grid: _Grid, vertical: float) -> Tenso
     distance = place[-grid.block_q :, None] - place
     scores = (q[:, :, -grid.block_q :] @ k.mT) * q.shape[3] ** -0.5
     weights = scores.masked_fill(distance < 0, -torch.inf).softmax(3)
-    votes = weights.new_zeros(*q.shape[:2], grid.nq, grid.nk + 1)
     best = weights.sum(2).topk(columns, 2)
-    ahead = votes[:, :, 0].scatter_add(2, best.indices // grid.block_k, best.values)[:, :, None]
-    flat = distance.clamp(min=0).flatten().expand(*q.shape[:2], -1)
-    diagonals = weights.new_zeros(*q.shape[:2], length).scatter_add(2, flat, weights.flatten(2))
+    ahead = sums_by(best.values, best.indices // grid.block_k, grid.nk + 1)[:, :, None]
+    diagonals = sums_by(weights.flatten(2), distance.clamp(min=0).flatten(), length)
     best = diagonals.topk(budget - columns, 2)
     # A distance votes for the blocks from that of the row's first token to that of its last:
     # up by its weight where they begin, down behind their end, and then a running sum.
@@ -168,8 +167,9 @@ def _vertical_slash(q: Tensor, k: Tensor, grid: _Grid, vertical: float) -> Tenso
     )
     last = first + grid.block_q - 1
     value = torch.where(last < 0, 0.0, best.values[:, :, None]).double()
-    steps = votes.double().scatter_add(3, first.clamp(min=0) // grid.block_k, value)
-    steps = steps.scatter_add(3, last.clamp(min=0) // grid.block_k + 1, -value).cumsum(3)
+    begin, end = first.clamp(min=0) // grid.block_k, last.clamp(min=0) // grid.block_k + 1
+    steps = sums_by(torch.cat([value, -value], 3), torch.cat([begin, end], 3), grid.nk + 1)
+    steps = steps.cumsum(3)
     scores = (torch.where(steps < 1e-12, 0.0, steps) + ahead)[..., : grid.nk]
     ends = (grid.columns == 0) | (grid.columns == grid.recent)
     return grid.best(scores, ends, grid.dense(budget))

@@ -180,7 +180,7 @@ def _one_block(
     if inputs.row_bias is not None:
         shift_of_lse = shift_of_lse + heads.rows(inputs.row_bias[..., None], block)
     lse_centred = torch.where(live, lse - shift_of_lse, torch.inf)
-    weights = heads.scores(block, scaled).sub_(lse_centred * LOG2E).exp2_()
+    weights = heads.exp2_(heads.scores(block, scaled).sub_(lse_centred * LOG2E))
     # The rounding of lse would leave weights that do not sum to 1, and shift every mean.
     total = weights.sum(-1, keepdim=True)
     weights.mul_(torch.where(total > 0, 1 / total, 0.0))

@@ -116,7 +116,7 @@ def weigh(inputs: Inputs, heads: Heads, block: Block) -> Weighed:
     """Scores and their softmax."""
     queries = heads.rows(inputs.q, block)
     scaled = queries * heads.rows(inputs.scale_rows, block)
-    weights, total, lse = _softmax(heads.scores(block, scaled))
+    weights, total, lse = _softmax(heads, heads.scores(block, scaled))
     lse = lse + (scaled * heads.centre).sum(-1, keepdim=True)
     if inputs.row_bias is not None:
         lse = lse + heads.rows(inputs.row_bias[..., None], block)
@@ -223,10 +223,10 @@ def _inverse(heads: Heads, inverse: Tensor, total: Tensor) -> Tensor:
     return torch.where(close, 1 / total, inverse)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(heads: Heads, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """2^(score - max) in place, its sum, and the log-sum-exp; rows without a key: 0, 0, -inf."""
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
-    weights = scores.sub_(top).exp2_()
+    weights = heads.exp2_(scores.sub_(top))
     total = weights.sum(-1, keepdim=True)
     return weights, total, top / LOG2E + total.log()

@@ -23,6 +23,8 @@ def conjugate_gradient(
     [n, M, 1]) and its relative residual. Whether all rows have stopped is asked once an
     iteration (a synchronisation on a GPU), never with tol = 0.
 
+    A row that has stopped goes on along with the others but makes steps of length 0.
+
     A row whose numbers leave the range of the dtype stops where it is, or at x = 0. So does one
     that after D steps, enough in exact arithmetic, is further from a solution than x = 0: its
     system is singular to the precision of the dtype.
@@ -44,11 +46,11 @@ def conjugate_gradient(
         active = active & (curvature > 0) & (curvature < math.inf)
         step = torch.where(active, size / curvature, 0.0)
         x = torch.addcmul(x, step, p)
-        r = torch.where(active, torch.addcmul(r, step, y, value=-1), r)
+        r = torch.addcmul(r, step, y, value=-1)
         new = torch.where(active, _square(r), size)
         steps += active
         active = active & (new > goal) & (new < math.inf)
-        p = torch.where(active, torch.addcmul(r, new / size, p), 0.0)
+        p = torch.addcmul(r, torch.where(active, new / size, 0.0), p)
         size = new
     solved = x.isfinite().all(-1, keepdim=True) & ~((steps >= x.shape[-1]) & (size > whole))
     residual = torch.where(whole > 0, (size / whole).sqrt(), 0.0)

@@ -26,6 +26,10 @@ ROWS = 128  # rows (query heads of a group x queries) of a block
 LONG = 2048  # keys from which blocks are twice as high
 FEWEST_ROWS = 16
 PANEL = 1 << 22  # elements of the weights of one block, over all heads taken together
+TOGETHER = 4  # heads at once where each has products of its own: they share all that is small,
+CACHED = 1 << 20  # and each product reads weights again, of which so many are still in a cache
+WHOLE_VECTORS = 32  # numbers that torch takes at once, or a multiple
+TAME = 1e15  # keys below this have no products that overflow float32
 
 
 def block_rows(inputs: Inputs, block_size: int) -> int:
@@ -46,7 +50,7 @@ def parts(inputs: Inputs, rows: int) -> list[Part]:
     per_row = max(1, S, D * inputs.width // 2)  # its weights, or its covariance
     heads = max(1, PANEL // max(1, rows * inputs.group * per_row))
     if gemm.serves(inputs.q, inputs.dtype, rows * inputs.group, S):
-        heads = 1
+        heads = min(heads, TOGETHER, max(1, CACHED // (rows * inputs.group * max(S, 1))))
     if heads >= Hk:
         step = heads // Hk
         return [Part(b, min(b + step, B), 0, Hk) for b in range(0, B, step)]
@@ -76,8 +80,10 @@ class Heads:
             k = torch.where(mask[:, None, :, None], k, 0.0)
         self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
         self.centre = self.centre.flatten(0, 1)  # [n, 1, D]
-        one = self.k.shape[0] == 1
-        self.onednn = one and gemm.serves(self.k, self.dtype, rows * self.group, k.shape[2])
+        self.onednn = gemm.serves(self.k, self.dtype, rows * self.group, k.shape[2])
+        # Weights of hidden keys are 0, and so are their products unless these overflow. This is
+        # asked only where it is known at once, and decides nothing but whether zeros are written.
+        self.tame = self.onednn and inputs.probe is None and bool(self.k.abs().amax() < TAME)
         self.k_and_one = self.k
         if self.onednn:  # a product with a constant per row added to it
             self.k_and_one = torch.nn.functional.pad(self.k, (0, 1), value=1.0)
@@ -148,13 +154,14 @@ class Heads:
         """
         queries = queries * LOG2E
         count = block.high - block.low
-        if self.onednn and count <= TILE_KEYS:
+        if self.onednn and len(queries) == 1 and count <= TILE_KEYS:
             out = self.product(block, queries, 0, count)
         else:
             out = self.space.take("weights", *queries.shape[:2], count)
             for c0, c1 in block.tiles():
                 if self.onednn:
-                    out[:, :, c0:c1] = self.product(block, queries, c0, c1)
+                    for one, rows, keys in self._each(out, queries, self.keys(block, c0, c1)):
+                        one[:, c0:c1] = gemm.times(rows, keys)
                 else:
                     torch.bmm(queries, self.keys(block, c0, c1).mT, out=out[:, :, c0:c1])
         unfolded = out.view(*self.shape(block), -1)
@@ -167,6 +174,18 @@ class Heads:
                 unfolded[..., c0:c1].masked_fill_(~tile.mask, -torch.inf)
         return out
 
+    @staticmethod
+    def exp2_(x: Tensor) -> Tensor:
+        """2^x of the heads' tiles [n, M, J], in place.
+
+        On a CPU torch rounds what is left at the end of a tensor, beyond whole vectors, by other
+        code than the rest: a head among others would differ from the same head alone.
+        """
+        left = x.device.type == "cpu" and x[0].numel() % WHOLE_VECTORS
+        for one in x if left else (x,):
+            one.exp2_()
+        return x
+
     def product(self, block: Block, rows: Tensor, c0: int, c1: int, name: str = "tile") -> Tensor:
         """Rows [n, M, D] times the keys of a tile, in memory that may be written over."""
         return self.times(rows, self.keys(block, c0, c1), name)
@@ -174,14 +193,20 @@ class Heads:
     def times(self, rows: Tensor, matrix: Tensor, name: str) -> Tensor:
         """rows [n, M, X] times the transpose of matrix [n, keys, X], likewise."""
         if self.onednn:
-            return gemm.times(rows[0], matrix[0])[None]
+            return _stacked([gemm.times(*pair) for pair in self._each(rows, matrix)])
         out = self.space.take(name, *rows.shape[:2], matrix.shape[1])
         return torch.bmm(rows, matrix.mT, out=out)
+
+    @staticmethod
+    def _each(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Matrices [n, ., .] of which oneDNN takes one at a time."""
+        return zip(*stacks, strict=True)
 
     def plus(self, block: Block, tile: Tensor, rows: Tensor, c0: int, c1: int) -> Tensor:
         """A tile plus rows times its keys; the tile is given up."""
         if self.onednn:
-            return gemm.times_and_add(rows[0], self.keys(block, c0, c1)[0], tile[0])[None]
+            each = self._each(rows, self.keys(block, c0, c1), tile)
+            return _stacked([gemm.times_and_add(*one) for one in each])
         return tile.baddbmm_(rows, self.keys(block, c0, c1).mT)
 
     def weighted(
@@ -191,8 +216,9 @@ class Heads:
         w = weights[:, :, c0:c1]
         if self.onednn:
             both = torch.cat([rows, constant], 2)
-            at = slice(block.low + c0, block.low + c1)
-            tile = gemm.times_and_weigh(both[0], self.k_and_one[0, at], w[0])[None]
+            keys = self.k_and_one[:, block.low + c0 : block.low + c1]
+            each = self._each(both, keys, w)
+            tile = _stacked([gemm.times_and_weigh(*one) for one in each])
         else:
             tile = self.product(block, rows, c0, c1).add_(constant).mul_(w)
         self.blank(block, tile, c0, c1)
@@ -201,7 +227,8 @@ class Heads:
     def collect(self, total: Tensor, tile: Tensor, matrix: Tensor) -> None:
         """total [n, M, X] += tile [n, M, keys] times the keys or values [n, keys, X] of a tile."""
         if self.onednn:
-            total[0].add_(gemm.times(tile[0], matrix[0].t()))
+            for one, weights, rows in self._each(total, tile, matrix):
+                one.add_(gemm.times(weights, rows.t()))
         else:
             total.baddbmm_(tile, matrix)
 
@@ -210,14 +237,21 @@ class Heads:
     ) -> None:
         """total [n, keys, X] += sign tile^T [n, keys, M] rows [n, M, X]."""
         if self.onednn:
-            product = gemm.times(rows[0].t(), tile[0].t())  # the other way round: twice as fast
-            total[0].add_(product.t(), alpha=sign)
+            for one, weights, x in self._each(total, tile, rows):
+                product = gemm.times(x.t(), weights.t())  # the other way round: twice as fast
+                one.add_(product.t(), alpha=sign)
         else:
             total.baddbmm_(tile.mT, rows, alpha=sign)
 
     def blank(self, block: Block, product: Tensor, c0: int, c1: int) -> None:
-        """Zeroes what position hides of a product over columns [c0, c1) of the block."""
-        block.blank(product, self.shape(block), c0, c1)
+        """Zeroes what position hides of a product over columns [c0, c1) of the block.
+
+        The product is of all heads of the part [n, M, keys] or of one of them [M, keys].
+        """
+        if not self.tame:
+            batch, count, queries = self.shape(block)
+            shape = (batch, count, queries) if product.dim() == 3 else (1, self.group, queries)
+            block.blank(product, shape, c0, c1)
 
     def mean_key(self, block: Block, weights: Tensor) -> Tensor:
         """sum_j weights_j k_j, [n, M, D]; 0 without an intercept."""
@@ -241,16 +275,18 @@ class Heads:
         takes it off the second factor as well, which matters to what rounding left in the first:
         exactly it sums to 0.
         """
-        total = torch.zeros_like(x)
         if self.width == x.shape[2]:
             shift = -(x * mean).sum(-1, keepdim=True)
-            rest = torch.zeros_like(shift)
+            if self.onednn:
+                return self._covariance_by_head(block, weights, mean, x, shift, precise)
+            total, rest = torch.zeros_like(x), torch.zeros_like(shift)
             for c0, c1 in block.tiles():
                 tile = self.weighted(block, weights, x, shift, c0, c1)
                 self.collect(total, tile, self.keys(block, c0, c1))
                 if precise:
                     rest += tile.sum(-1, keepdim=True)
             return total.addcmul_(rest, mean, value=-1) if precise else total
+        total = torch.zeros_like(x)
         for at in self.spans():
             part, goal = x[..., at], total[..., at]
             shift = (part * mean[..., at]).sum(-1, keepdim=True)
@@ -264,10 +300,35 @@ class Heads:
                     goal.addcmul_(tile.sum(-1, keepdim=True), mean[..., at], value=-1)
         return total
 
+    def _covariance_by_head(
+        self, block: Block, weights: Tensor, mean: Tensor, x: Tensor, shift: Tensor, precise: bool
+    ) -> Tensor:
+        """The same by oneDNN, whose results are used where they lie: one head at a time."""
+        both, total = torch.cat([x, shift], 2), torch.empty_like(x)
+        for number, out in enumerate(total):
+            rest = torch.zeros_like(shift[0]) if precise else None
+            for c0, c1 in block.tiles():
+                at = slice(block.low + c0, block.low + c1)
+                keys, w = self.k_and_one[number, at], weights[number, :, c0:c1]
+                tile = gemm.times_and_weigh(both[number], keys, w)
+                self.blank(block, tile, c0, c1)
+                product = gemm.times(tile, self.k[number, at].t())
+                out.copy_(product) if c0 == 0 else out.add_(product)
+                if rest is not None:
+                    rest += tile.sum(-1, keepdim=True)
+            if rest is not None:
+                out.addcmul_(rest, mean[number], value=-1)
+        return total
+
     def spans(self) -> list[slice]:
         """The channels of each diagonal block of the covariance."""
         D = self.k.shape[2]
         return [slice(c, c + self.width) for c in range(0, D, self.width)]
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """[n, ., .]; a single one is not copied."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def walk(inputs: Inputs, block_size: int, space: Workspace) -> Iterator[tuple[Heads, Block]]:

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from regard.core.accumulate import add_rows
+
 Vector = tuple[int, int, int]
 
 
@@ -80,12 +82,13 @@ def semantic_order(
         centres = x[:, :, start]
     points = x.float()
     centres = centres.float()
-    ones = points.new_ones(*points.shape[:3], 1)
+    first = torch.arange(centres.shape[:2].numel(), device=x.device) * centres.shape[2]
     for _ in range(steps):
-        own = _nearest(points, centres)[..., None]
-        counts = torch.zeros_like(centres[..., :1]).scatter_add_(2, own, ones)
-        sums = torch.zeros_like(centres).scatter_add_(2, own.expand_as(points), points)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1.0), centres)
+        own = (_nearest(points, centres).flatten(0, 1) + first[:, None]).flatten()
+        sums = torch.zeros_like(centres)
+        add_rows(sums.view(-1, sums.shape[3]), own, points.flatten(0, 2))
+        counts = torch.bincount(own, minlength=sums.shape[:3].numel()).view(*sums.shape[:3], 1)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return _nearest(points, centres).sort(dim=2, stable=True).indices, centres
 
 

@@ -197,8 +197,9 @@ def _put_back(given: Inputs, x: Tensor) -> Tensor:
     x = x.masked_fill((given.places < 0)[:, None, :, None], 0.0)
     x = x.view(B, Hk, H // Hk, T, D).sum(2)
     into = x.new_zeros(B, given.k.shape[2], Hk, D)
-    for row, at, of in zip(into, given.places.clamp(min=0).expand(B, T), x.transpose(1, 2), strict=True):
-        add_rows(row, at, of)
+    places = given.places.clamp(min=0).expand(B, T)
+    for row, at, rows in zip(into, places, x.transpose(1, 2), strict=True):
+        add_rows(row, at, rows)
     return into.transpose(1, 2).contiguous()
 
 

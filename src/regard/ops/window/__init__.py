@@ -3,6 +3,7 @@
 - `axes.py`: windows on a grid axis by axis, and tiles of queries that share the keys they see
 - `registered.py`: attention of tiles to boxes of keys, as torch operators
 - `halo.py`: blocks of a map that share a window with a halo; `blocks.py`: as torch operators
+- `native.py`, `blocks_native.py`: both as lists for the C kernels of `ops/block_sparse`
 - `reference.py`: the mask and the equations; `forms.py`: which form serves a call; `card.py`
 """
 

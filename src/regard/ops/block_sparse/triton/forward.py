@@ -16,106 +16,16 @@ import triton
 import triton.language as tl
 
 from regard.gpu.inside import head_of
-from regard.ops.block_sparse.triton.tile import (
-    LN2,
-    LOG2E,
-    first_pooled_row,
-    keys_in_reach,
-    plan_head,
-    rows_at,
-    tile_at,
-    visible,
-    weight_of_group,
+from regard.ops.block_sparse.triton.tile import LN2, LOG2E, rows_at, visible, weight_of_group
+from regard.ops.block_sparse.triton.walk import (
+    clear_start,
+    clear_tile,
+    level_one,
+    list_of_queries,
+    pooled_cut_row,
+    pooled_row,
+    rows_of_queries,
 )
-
-
-@triton.jit
-def rows_of_queries(
-    tile, i, h0, T, stride_h, stride_t,
-    M: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Of the M rows of a tile of block i: head and query, whether they are there, their places."""
-    f = tile * M + tl.arange(0, M)
-    head = h0 + tl.minimum(f // BLOCK_Q, MEMBERS - 1)
-    query = i * BLOCK_Q + f % BLOCK_Q
-    there = (f < MEMBERS * BLOCK_Q) & (query < T)
-    places = head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_t
-    return head, query, there, places
-
-
-@triton.jit
-def level_one(
-    n, entries, count, first, gap, of_gap,
-    BLOCK_K: tl.constexpr, N: tl.constexpr, RANGES: tl.constexpr,
-):  # fmt: skip
-    """The keys of tile n of `count` blocks of a list, or of a range; and which are there.
-
-    Of a range, blocks from `first` on, those from number `gap` on `of_gap` further.
-    """
-    steps = tl.arange(0, N)
-    if RANGES:
-        at = first + n
-        at += tl.where(n >= gap, of_gap, 0)
-        keys = at * BLOCK_K + steps
-        there = steps < BLOCK_K
-    elif BLOCK_K % N == 0:
-        at = tl.load(entries + n // (BLOCK_K // N)) >> 4
-        keys = at * BLOCK_K + n % (BLOCK_K // N) * N + steps
-        there = steps < N
-    else:
-        row = n * N + steps
-        there = row < count * BLOCK_K
-        at = tl.load(entries + row // BLOCK_K, mask=there, other=0) >> 4
-        keys = at * BLOCK_K + row % BLOCK_K
-    return keys, there
-
-
-@triton.jit
-def clear_tile(
-    n, entries, count, first, k, v, kt, vt,
-    BLOCK_K: tl.constexpr, N: tl.constexpr, RANGES: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of a tile of blocks that are seen wholly."""
-    keys, there = level_one(n, entries, count, first, n + 1, 0, BLOCK_K, N, RANGES)
-    if BLOCK_K % N == 0:
-        if RANGES:
-            start = (first + n) * BLOCK_K
-        else:
-            at = tl.load(entries + n // (BLOCK_K // N)) >> 4
-            start = at * BLOCK_K + n % (BLOCK_K // N) * N
-        x = tile_at(k, start, kt, N, D, DP)
-        y = tile_at(v, start, vt, N, E, EP)
-    else:
-        x = rows_at(k, keys.to(tl.int64) * kt, there, D, DP)
-        y = rows_at(v, keys.to(tl.int64) * vt, there, E, EP)
-    return x, y, keys, there
-
-
-@triton.jit
-def pooled_row(
-    n, entries, count, S, R, level, BLOCK_K: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
-    """Rows, among the pooled ones, of tile n of `count` blocks of one level, R rows each."""
-    row = n * N + tl.arange(0, N)
-    there = row < count * R
-    at = tl.load(entries + row // R, mask=there, other=0) >> 4
-    group = at * R + row % R
-    return first_pooled_row(level, S) + group, group * level, there
-
-
-@triton.jit
-def pooled_cut_row(n, entries, count, S, BLOCK_K: tl.constexpr, N: tl.constexpr):
-    """The same of any level, half a block of rows each; and the level of each row."""
-    HALF: tl.constexpr = BLOCK_K // 2
-    row = n * N + tl.arange(0, N)
-    there = row < count * HALF
-    code = tl.load(entries + row // HALF, mask=there, other=2)
-    level = code & 15
-    R = BLOCK_K // level
-    group = (code >> 4) * R + row % HALF
-    there = there & (row % HALF < R) & (group * level < S)
-    return first_pooled_row(level, S) + group, group * level, level, there
 
 
 @triton.jit
@@ -153,10 +63,10 @@ def forward_kernel(
     BIAS_HEADS: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, NC: tl.constexpr, SPLITS: tl.constexpr,
     RANGES: tl.constexpr, POOLED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_SCALES: tl.constexpr, FLIP: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output [B, H, T, E] and log-sum-exp [B, H, T]; with SPLITS, parts of them in float32."""
     split = tl.program_id(0) % SPLITS
@@ -183,10 +93,10 @@ def forward_kernel(
     if HAS_BIAS:
         bias += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * S
     position = (query + (S - T))[:, None]
-    # Where nothing is cut, a row's scores keep their order when multiplied: |factor| and a sign.
-    sign = tl.where(factor < 0, -1.0, 1.0)
-    x = (x * sign).to(x.dtype)
-    factor = tl.abs(factor)
+    if FLIP:  # factors are positive: a row's scores keep their order when multiplied
+        sign = tl.where(factor < 0, -1.0, 1.0)
+        x = (x * sign).to(x.dtype)
+        factor = tl.abs(factor)
     of_row = factor
     if HAS_SCALES and MEMBERS > 1:
         of_row = tl.reshape(factor, [M])
@@ -194,49 +104,29 @@ def forward_kernel(
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, EP], tl.float32)
-    first = 0
-    clear = 0
-    gap = 0
-    of_gap = 0
-    stop = 0
-    if RANGES:
-        first, whole, cut, last = keys_in_reach(
-            i, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
-        )
-        clear = cut - whole
-        gap = whole - first
-        of_gap = clear
-        stop = gap + last - cut
-        clear_tiles = clear
-        cut_tiles = stop
-        begin = whole
-        cuts = entries
-    else:
-        row = plan_head(b, h0, kv, SHARE, PH, H, HK) * queries + i
-        entries += row.to(tl.int64) * width
-        ends += row.to(tl.int64) * 8
-        clear = tl.load(ends)
-        at = tl.load(ends + 3)
-        stop = tl.load(ends + 4) - at
-        cuts = entries + at
-        clear_tiles = tl.cdiv(clear * BLOCK_K, N)
-        cut_tiles = tl.cdiv(stop * BLOCK_K, N)
-        begin = 0
+    begin, clear, stop, cuts, first, gap, of_gap, entries, ends = list_of_queries(
+        entries, ends, b, h0, kv, i, width, queries, T, S, left, right,
+        SHARE, PH, H, HK, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT, RANGES,
+    )  # fmt: skip
+    clear_tiles = clear if RANGES else tl.cdiv(clear * BLOCK_K, N)
+    cut_tiles = stop if RANGES else tl.cdiv(stop * BLOCK_K, NC)
+    start = clear_start(split, clear_tiles, entries, begin, BLOCK_K, N, RANGES)
     for n in tl.range(split, clear_tiles, SPLITS):
         keys, values, j, known = clear_tile(
-            n, entries, clear, begin, k, v, kt, vt, BLOCK_K, N, RANGES, D, DP, E, EP
+            n, start, entries, clear, k, v, kt, vt, BLOCK_K, N, RANGES, D, DP, E, EP
         )
+        start = clear_start(n + SPLITS, clear_tiles, entries, begin, BLOCK_K, N, RANGES)
         s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
         added = 0.0
         if HAS_BIAS:
             added = tl.load(bias + j, mask=known, other=0.0) * LOG2E
         p, top, total, shrink = _online(
             s, factor, of_row, added, known[None, :],
-            top, total, not HAS_BIAS, BLOCK_K % N != 0,
+            top, total, not HAS_BIAS, not RANGES and BLOCK_K % N != 0,
         )  # fmt: skip
         sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
     for n in tl.range(split, cut_tiles, SPLITS):
-        j, known = level_one(n, cuts, stop, first, gap, of_gap, BLOCK_K, N, RANGES)
+        j, known = level_one(n, cuts, stop, first, gap, of_gap, BLOCK_K, NC, RANGES)
         known = known & (j < S)
         keys = rows_at(k, j.to(tl.int64) * kt, known, D, DP)
         values = rows_at(v, j.to(tl.int64) * vt, known, E, EP)
@@ -262,8 +152,8 @@ def forward_kernel(
             R = BLOCK_K // level
             at = tl.load(ends + power - 1)
             count = tl.load(ends + power) - at
-            for n in tl.range(split, tl.cdiv(count * R, N), SPLITS):
-                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, N)
+            for n in tl.range(split, tl.cdiv(count * R, NC), SPLITS):
+                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, NC)
                 keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
                 values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
                 s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
@@ -278,8 +168,8 @@ def forward_kernel(
                 )
         at = tl.load(ends + 4)
         count = tl.load(ends + 7) - at
-        for n in tl.range(split, tl.cdiv(count * (BLOCK_K // 2), N), SPLITS):
-            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, N)
+        for n in tl.range(split, tl.cdiv(count * (BLOCK_K // 2), NC), SPLITS):
+            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, NC)
             keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
             values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
             s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)

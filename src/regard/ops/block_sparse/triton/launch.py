@@ -117,12 +117,15 @@ class Launcher:
 
     def config(self, kernel: str) -> Config:
         """The tiles of a kernel: no more queries than share a list."""
-        found = config(kernel, max(self.DP, self.EP), self.half, self.interpreted)
-        if self.plan is None:
+        rows = None if self.plan is None else padded(self.members * self.block_q)
+        found = config(kernel, max(self.DP, self.EP), self.half, rows, self.interpreted)
+        if rows is None:
             return found._replace(queries=min(found.queries, padded(self.T)))
         if kernel == "keys":
             return found
-        return found._replace(queries=min(found.queries, padded(self.members * self.block_q)))
+        if self.block_k >= 16 and found.keys % self.block_k == 0:  # no tile of two blocks
+            found = found._replace(keys=self.block_k)
+        return found._replace(queries=min(found.queries, rows))
 
     def blocks(self, how: Config) -> dict[str, int]:
         """Block sizes of a kernel: without a plan its tiles are the blocks."""
@@ -149,7 +152,7 @@ class Launcher:
         ends = self.new(heads * rows, 8, dtype=torch.int32)
         steps = plan.stride(3), plan.stride(2)
         self.start(
-            lists_kernel, heads * rows, None, plan=plan, codes=codes, offsets=offsets,
+            lists_kernel, heads * rows, table.ONE_WARP, plan=plan, codes=codes, offsets=offsets,
             entries=entries, ends=ends, pooled=some, sp=plan.stride(1),
             sr=steps[0] if transposed else steps[1], sx=steps[1] if transposed else steps[0],
             rows=rows, width=width, blocks=keys, nq=nq, MAP=not self.settings.indices,
@@ -175,11 +178,12 @@ class Launcher:
     def pool(self, coarse: Coarse) -> None:
         """Fills it where a list has pooled blocks."""
         if self.pooled:
-            tiles = -(-self.S // (8 * table.GROUPS))
+            tokens = 16 if self.interpreted else table.pooled_tokens(max(self.DP, self.EP))
+            tiles = -(-self.S // (tokens * table.TILES))
             self.start(
                 pooling_kernel, self.B * self.HK * tiles, None, pooled=coarse.some,
                 coarse_k=coarse.k, coarse_v=coarse.v, weights=coarse.weights, tiles=tiles,
-                G=table.GROUPS, PANEL=table.PANEL,
+                N=tokens, TILES=table.TILES,
             )  # fmt: skip
 
     def of_lists(self, how: Config, lists: Lists, coarse: Coarse) -> dict[str, Any]:
@@ -191,6 +195,7 @@ class Launcher:
             **sizes, "entries": lists.entries, "ends": lists.ends, "width": lists.width,
             "coarse_k": coarse.k, "coarse_v": coarse.v, "weights": coarse.weights,
             "tiles": queries * per_block, "queries": queries, "M": how.queries, "N": how.keys,
+            "NC": how.keys if self.plan is None else min(how.keys, table.CUT),
         }  # fmt: skip
 
     def users(self) -> int:
@@ -253,7 +258,7 @@ def forward(
     of_parts = dict(zip(("part_out", "part_top", "part_total"), room, strict=True))
     call.start(
         forward_kernel, given["tiles"] * call.users() * parts, how, out=out, lse=lse,
-        **given, **of_parts, SPLITS=parts,
+        **given, **of_parts, SPLITS=parts, FLIP=scales is not None or settings.scale < 0,
     )  # fmt: skip
     if parts > 1:
         call.start(
@@ -328,9 +333,9 @@ def backward(
             keys_kernel, call.B * call.HK * tiles, how, **{**given, **sizes}
             | {"entries": turned.entries, "ends": turned.ends, "width": turned.width,
                "tiles": tiles, "M": how.queries, "N": wide},
-            **prepared, **of_grad, **of_coarse, offsets=turned.offsets, grad_k=dk, grad_v=dv,
-            grad_bias=d_bias, blocks=blocks, LEVEL=level, RUNS=codes is not None,
-            OF_BIAS=of_bias,
+            **prepared, **of_grad, **of_coarse, pooled=coarse.some, offsets=turned.offsets,
+            grad_k=dk, grad_v=dv, grad_bias=d_bias, blocks=blocks, LEVEL=level,
+            RUNS=codes is not None, OF_BIAS=of_bias,
         )  # fmt: skip
     PLANS.keep(key, call.steps, tensors)
     return dq, dk, dv, d_bias

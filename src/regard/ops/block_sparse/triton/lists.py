@@ -72,6 +72,29 @@ def _blocks(
     return other, level
 
 
+@triton.jit
+def _entries(
+    plan, codes, row, x, begin, stop, sr, sx, blocks, nq, T, S, left, right,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, MAP: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """The other block, the level and the part of entries x of a list."""
+    other, level = _blocks(plan, codes, row, x, begin, stop, sr, sx, blocks, nq, MAP, TRANSPOSED)
+    own = (row + other * 0).to(tl.int32)
+    query = other if TRANSPOSED else own
+    key = own if TRANSPOSED else other
+    part = _parts(level, query, key, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT,
+                  TRANSPOSED)  # fmt: skip
+    return other, level, part
+
+
+@triton.jit
+def _ones(part):
+    """1 in the byte of its part, so that one sum counts all eight; of 128 entries at most."""
+    one = tl.full([1], 1, tl.int64) << (8 * (part & 7)).to(tl.int64)
+    return tl.where(part < 8, one, 0)
+
+
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "rows", "width", "blocks", "nq"])
 def lists_kernel(
     plan, codes, offsets, entries, ends, pooled,
@@ -100,19 +123,14 @@ def lists_kernel(
         entries += (head * rows + row) * width
     parts = tl.arange(0, 8)
     counts = tl.zeros([8], tl.int32)
+    fields = (8 * parts).to(tl.int64)
     for start in tl.range(begin, stop, CHUNK):
         x = start + tl.arange(0, CHUNK)
-        other, level = _blocks(
-            plan, codes, row, x, begin, stop, sr, sx, blocks, nq, MAP, TRANSPOSED
-        )
-        own = (row + other * 0).to(tl.int32)
-        if TRANSPOSED:
-            part = _parts(level, other, own, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT,
-                          HAS_RIGHT, TRANSPOSED)  # fmt: skip
-        else:
-            part = _parts(level, own, other, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT,
-                          HAS_RIGHT, TRANSPOSED)  # fmt: skip
-        counts += tl.sum((part[:, None] == parts[None, :]).to(tl.int32), 0)
+        other, level, part = _entries(
+            plan, codes, row, x, begin, stop, sr, sx, blocks, nq, T, S, left, right,
+            BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT, MAP, TRANSPOSED,
+        )  # fmt: skip
+        counts += ((tl.sum(_ones(part), 0) >> fields) & 255).to(tl.int32)
     upto = tl.cumsum(counts, 0)
     tl.store(ends + program.to(tl.int64) * 8 + parts, upto)
     coarse = tl.sum(tl.where((parts % 4) > 0, counts, 0), 0)
@@ -121,20 +139,15 @@ def lists_kernel(
     at = upto - counts
     for start in tl.range(begin, stop, CHUNK):
         x = start + tl.arange(0, CHUNK)
-        other, level = _blocks(
-            plan, codes, row, x, begin, stop, sr, sx, blocks, nq, MAP, TRANSPOSED
-        )
-        own = (row + other * 0).to(tl.int32)
-        if TRANSPOSED:
-            part = _parts(level, other, own, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT,
-                          HAS_RIGHT, TRANSPOSED)  # fmt: skip
-        else:
-            part = _parts(level, own, other, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT,
-                          HAS_RIGHT, TRANSPOSED)  # fmt: skip
-        same = (part[:, None] == parts[None, :]).to(tl.int32)
-        place = tl.sum(same * (tl.cumsum(same, 0) - 1 + at[None, :]), 1)
-        tl.store(entries + place, other * 16 + level, mask=part < 8)
-        at += tl.sum(same, 0)
+        other, level, part = _entries(
+            plan, codes, row, x, begin, stop, sr, sx, blocks, nq, T, S, left, right,
+            BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT, MAP, TRANSPOSED,
+        )  # fmt: skip
+        running = tl.cumsum(_ones(part), 0)
+        before = ((running >> (8 * part).to(tl.int64)) & 255).to(tl.int32) - 1
+        of_part = tl.sum(tl.where(part[:, None] == parts[None, :], at[None, :], 0), 1)
+        tl.store(entries + of_part + before, other * 16 + level, mask=part < 8)
+        at += ((tl.sum(_ones(part), 0) >> fields) & 255).to(tl.int32)
 
 
 @triton.jit

@@ -50,12 +50,19 @@ def _queries_of(
 
 @triton.jit
 def _clear_queries(
-    n, entries, begin,
+    n, tiles, entries, begin,
     MEMBERS: tl.constexpr, BLOCK_Q: tl.constexpr, M: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """The same where tiles are stretches of blocks: one member, the first of M queries."""
+    """The same where tiles are stretches of blocks: one member, the first of M queries.
+
+    Asked for a turn ahead, as `clear_start` is.
+    """
     PER_BLOCK: tl.constexpr = MEMBERS * BLOCK_Q // M
-    block = begin + n // PER_BLOCK if RANGES else tl.load(entries + n // PER_BLOCK) >> 4
+    n = tl.maximum(tl.minimum(n, tiles - 1), 0)
+    if RANGES:
+        block = begin + n // PER_BLOCK
+    else:
+        block = tl.load(entries + n // PER_BLOCK, mask=tiles > 0, other=0) >> 4
     row = n % PER_BLOCK * M
     return row // BLOCK_Q, block * BLOCK_Q + row % BLOCK_Q
 
@@ -142,7 +149,7 @@ def _handed(
 
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "blocks"])
 def keys_kernel(
-    q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
+    q, k, v, bias, pooled, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
     grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, tiles, blocks,
@@ -159,6 +166,9 @@ def keys_kernel(
 
     RUNS: lists stand where `offsets` says, not at [., blocks, width].
     """
+    if LEVEL > 1:  # noqa: SIM102 - known when it is compiled; the rest when it runs
+        if tl.load(pooled) == 0:
+            return
     ROWS: tl.constexpr = BLOCK_K // LEVEL
     PER_BLOCK: tl.constexpr = (ROWS + N - 1) // N
     PLANS: tl.constexpr = H // HK // MEMBERS  # lists of different heads for one key head
@@ -173,12 +183,12 @@ def keys_kernel(
     first_token = row * LEVEL
     known = (off < ROWS) & (first_token < S)
     last_token = tl.minimum(first_token + LEVEL, S) - 1
-    pooled = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
+    count = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
     source_k = k + b.to(tl.int64) * kb + kv * kh
     source_v = v + b.to(tl.int64) * vb + kv * vh
     places_k = row.to(tl.int64) * kt
     places_v = row.to(tl.int64) * vt
-    of_coarse = pair.to(tl.int64) * pooled
+    of_coarse = pair.to(tl.int64) * count
     if POOLED:
         coarse_k += of_coarse * D
         coarse_v += of_coarse * E
@@ -189,7 +199,7 @@ def keys_kernel(
     if HAS_BIAS:
         bias += head_of(pair, HK, BIAS_HEADS).to(tl.int64) * S
         if POOLED:
-            weights += head_of(pair, HK, BIAS_HEADS).to(tl.int64) * pooled
+            weights += head_of(pair, HK, BIAS_HEADS).to(tl.int64) * count
     if LEVEL > 1:
         source_k = coarse_k
         source_v = coarse_v
@@ -248,10 +258,13 @@ def keys_kernel(
             list_of += at
         worked += clear + stop
         clear_tiles = tl.cdiv(clear * (MEMBERS * BLOCK_Q), M)
+        if WHOLE:
+            of_group, start = _clear_queries(
+                0, clear_tiles, list_of, begin, MEMBERS, BLOCK_Q, M, RANGES
+            )
         for n in tl.range(0, clear_tiles):
             if WHOLE:
-                member, start = _clear_queries(n, list_of, begin, MEMBERS, BLOCK_Q, M, RANGES)
-                h = h0 + member
+                h = h0 + of_group
                 x = tile_at(q + h * qh, start, qt, M, D, DP)
                 g = tile_at(grad + h * gh, start, gt, M, E, EP)
                 at_row = (b * H + h).to(tl.int64) * T + start
@@ -260,6 +273,9 @@ def keys_kernel(
                 own = scale
                 if HAS_SCALES:
                     own = tl.load(scales + b * sb + h * sh)
+                of_group, start = _clear_queries(
+                    n + 1, clear_tiles, list_of, begin, MEMBERS, BLOCK_Q, M, RANGES
+                )
             else:
                 member, query, there = _queries_of(
                     n, list_of, clear, begin, clear + 1, 0, T, MEMBERS, BLOCK_Q, M, RANGES

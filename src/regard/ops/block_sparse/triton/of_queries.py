@@ -14,20 +14,15 @@ import triton
 import triton.language as tl
 
 from regard.gpu.inside import head_of
-from regard.ops.block_sparse.triton.forward import (
+from regard.ops.block_sparse.triton.tile import LOG2E, rows_at, visible, weight_of_group
+from regard.ops.block_sparse.triton.walk import (
+    clear_start,
     clear_tile,
     level_one,
+    list_of_queries,
     pooled_cut_row,
     pooled_row,
     rows_of_queries,
-)
-from regard.ops.block_sparse.triton.tile import (
-    LOG2E,
-    keys_in_reach,
-    plan_head,
-    rows_at,
-    visible,
-    weight_of_group,
 )
 
 
@@ -79,7 +74,7 @@ def queries_kernel(
     BIAS_HEADS: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, NC: tl.constexpr,
     RANGES: tl.constexpr, POOLED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,44 +111,26 @@ def queries_kernel(
     position = (query + (S - T))[:, None]
 
     dq = tl.zeros([M, DP], tl.float32)
-    first = 0
-    gap = 0
-    of_gap = 0
-    if RANGES:
-        first, whole, cut, last = keys_in_reach(
-            i, T, S, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
-        )
-        clear = cut - whole
-        gap = whole - first
-        of_gap = clear
-        stop = gap + last - cut
-        clear_tiles = clear
-        cut_tiles = stop
-        begin = whole
-        cuts = entries
-    else:
-        of_list = plan_head(b, h0, kv, SHARE, PH, H, HK) * queries + i
-        entries += of_list.to(tl.int64) * width
-        ends += of_list.to(tl.int64) * 8
-        clear = tl.load(ends)
-        at = tl.load(ends + 3)
-        stop = tl.load(ends + 4) - at
-        cuts = entries + at
-        clear_tiles = tl.cdiv(clear * BLOCK_K, N)
-        cut_tiles = tl.cdiv(stop * BLOCK_K, N)
-        begin = 0
+    begin, clear, stop, cuts, first, gap, of_gap, entries, ends = list_of_queries(
+        entries, ends, b, h0, kv, i, width, queries, T, S, left, right,
+        SHARE, PH, H, HK, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT, RANGES,
+    )  # fmt: skip
+    clear_tiles = clear if RANGES else tl.cdiv(clear * BLOCK_K, N)
+    cut_tiles = stop if RANGES else tl.cdiv(stop * BLOCK_K, NC)
+    start = clear_start(0, clear_tiles, entries, begin, BLOCK_K, N, RANGES)
     for n in tl.range(0, clear_tiles):
         keys, values, j, known = clear_tile(
-            n, entries, clear, begin, k, v, kt, vt, BLOCK_K, N, RANGES, D, DP, E, EP
+            n, start, entries, clear, k, v, kt, vt, BLOCK_K, N, RANGES, D, DP, E, EP
         )
+        start = clear_start(n + 1, clear_tiles, entries, begin, BLOCK_K, N, RANGES)
         added = 0.0
         if HAS_BIAS:
             added = tl.load(bias + j, mask=known, other=0.0) * LOG2E
         ds = _slopes(x, g, keys, values, factor, added, known[None, :], shift_row, delta_row,
-                     not HAS_BIAS, BLOCK_K % N != 0, PRECISION)  # fmt: skip
+                     not HAS_BIAS, not RANGES and BLOCK_K % N != 0, PRECISION)  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     for n in tl.range(0, cut_tiles):
-        j, known = level_one(n, cuts, stop, first, gap, of_gap, BLOCK_K, N, RANGES)
+        j, known = level_one(n, cuts, stop, first, gap, of_gap, BLOCK_K, NC, RANGES)
         known = known & (j < S)
         keys = rows_at(k, j.to(tl.int64) * kt, known, D, DP)
         values = rows_at(v, j.to(tl.int64) * vt, known, E, EP)
@@ -177,8 +154,8 @@ def queries_kernel(
             R = BLOCK_K // level
             at = tl.load(ends + power - 1)
             count = tl.load(ends + power) - at
-            for n in tl.range(0, tl.cdiv(count * R, N)):
-                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, N)
+            for n in tl.range(0, tl.cdiv(count * R, NC)):
+                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, NC)
                 keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
                 values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
                 added = power * 1.0
@@ -189,8 +166,8 @@ def queries_kernel(
                 dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
         at = tl.load(ends + 4)
         count = tl.load(ends + 7) - at
-        for n in tl.range(0, tl.cdiv(count * (BLOCK_K // 2), N)):
-            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, N)
+        for n in tl.range(0, tl.cdiv(count * (BLOCK_K // 2), NC)):
+            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, NC)
             keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
             values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
             last_token = tl.minimum(token + level, S) - 1

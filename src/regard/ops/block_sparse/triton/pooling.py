@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from regard.gpu.inside import head_of
-from regard.ops.block_sparse.triton.tile import LOG2E, first_pooled_row
+from regard.ops.block_sparse.triton.tile import LOG2E, first_pooled_row, rows_at
 
 
 @triton.jit
@@ -37,40 +37,34 @@ def shares_of(bias, tokens, first, LEVEL: tl.constexpr, S, HAS_BIAS: tl.constexp
 
 @triton.jit
 def _means(
-    source, target, tokens, stride, shares, rows, known, S,
-    D: tl.constexpr, PANEL: tl.constexpr,
+    x, target, shares, rows, known,
+    G: tl.constexpr, LEVEL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.static_range(0, D, PANEL):
-        channels = start + tl.arange(0, PANEL)
-        inside = channels < D
-        x = tl.load(
-            source + tokens.to(tl.int64)[:, :, None] * stride + channels[None, None, :],
-            mask=(tokens < S)[:, :, None] & inside[None, None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        mean = tl.sum(x * shares[:, :, None], 1)
-        tl.store(
-            target + rows.to(tl.int64)[:, None] * D + channels[None, :],
-            mean.to(target.dtype.element_ty), mask=known[:, None] & inside[None, :],
-        )  # fmt: skip
+    """Stores the means of groups of LEVEL rows of x, a tile in registers."""
+    channels = tl.arange(0, DP)
+    mean = tl.sum(tl.reshape(x, [G, LEVEL, DP]) * shares[:, :, None], 1)
+    tl.store(
+        target + rows.to(tl.int64)[:, None] * D + channels[None, :],
+        mean.to(target.dtype.element_ty), mask=known[:, None] & (channels < D)[None, :],
+    )  # fmt: skip
 
 
 @triton.jit
 def _pool(
-    k, v, bias, coarse_k, coarse_v, weights, kt, vt, tile, S,
-    D: tl.constexpr, E: tl.constexpr, LEVEL: tl.constexpr, GROUPS: tl.constexpr,
-    PANEL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, y, bias, coarse_k, coarse_v, weights, tile, S, G: tl.constexpr, LEVEL: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The GROUPS rows of one level that a tile has."""
-    group = tile * GROUPS + tl.arange(0, GROUPS)
+    """The G rows of one level that a tile of keys x and values y has."""
+    group = tile * G + tl.arange(0, G)
     first = group * LEVEL
-    tokens = first[:, None] + tl.arange(0, LEVEL)[None, :]
     known = first < S
+    tokens = first[:, None] + tl.arange(0, LEVEL)[None, :]
     shares, weight = shares_of(bias, tokens, first, LEVEL, S, HAS_BIAS)
     rows = first_pooled_row(LEVEL, S) + group
     if HAS_BIAS:
         tl.store(weights + rows, weight, mask=known)
-    _means(k, coarse_k, tokens, kt, shares, rows, known, S, D, PANEL)
-    _means(v, coarse_v, tokens, vt, shares, rows, known, S, E, PANEL)
+    _means(x, coarse_k, shares, rows, known, G, LEVEL, D, DP)
+    _means(y, coarse_v, shares, rows, known, G, LEVEL, E, EP)
 
 
 @triton.jit(do_not_specialize=["S", "tiles"])
@@ -78,9 +72,12 @@ def pooling_kernel(
     k, v, bias, pooled, coarse_k, coarse_v, weights,
     kb, kh, kt, vb, vh, vt, S, tiles,
     HK: tl.constexpr, BIAS_HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    G: tl.constexpr, PANEL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DP: tl.constexpr, EP: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Means of the groups of 8 G tokens: coarse_k [B HK, R, D], coarse_v, weights [B HB, R]."""
+    """Means of the groups of TILES N tokens: coarse_k [B HK, R, D], coarse_v, weights [B HB, R]."""
+    if tl.load(pooled) == 0:
+        return
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     b = (pair // HK).to(tl.int64)
@@ -94,9 +91,12 @@ def pooling_kernel(
     if HAS_BIAS:
         bias += of_bias * S
         weights += of_bias * count
-    if tl.load(pooled) > 0:
+    for one in tl.range(tile * TILES, tl.minimum((tile + 1) * TILES, tl.cdiv(S, N))):
+        token = one * N + tl.arange(0, N)
+        x = rows_at(k, token.to(tl.int64) * kt, token < S, D, DP).to(tl.float32)
+        y = rows_at(v, token.to(tl.int64) * vt, token < S, E, EP).to(tl.float32)
         for power in tl.static_range(1, 4):
             _pool(
-                k, v, bias, coarse_k, coarse_v, weights, kt, vt, tile, S, D, E, 1 << power,
-                G * 8 // (1 << power), PANEL, HAS_BIAS,
+                x, y, bias, coarse_k, coarse_v, weights, one, S, N // (1 << power), 1 << power,
+                D, DP, E, EP, HAS_BIAS,
             )  # fmt: skip

@@ -18,12 +18,22 @@ class Config(NamedTuple):
 # By kernel and width of a head, padded: 16-bit operands, then float32 ones, of which every
 # product is three.
 _HALF = {
-    ("forward", 64): Config(64, 64, 4, 3),
-    ("forward", 128): Config(64, 64, 4, 3),
+    ("forward", 64): Config(128, 64, 4, 3),
+    ("forward", 128): Config(128, 128, 8, 3),
     ("queries", 64): Config(64, 64, 4, 3),
     ("queries", 128): Config(64, 64, 4, 2),
     ("keys", 64): Config(64, 64, 4, 3),
     ("keys", 128): Config(32, 64, 4, 2),
+}
+# Where no more than 64 rows share a list.
+_FEW_ROWS = {
+    ("forward", 64): Config(64, 64, 4, 3, 168),
+    ("forward", 128): Config(64, 64, 4, 3),
+}
+# Without a plan: a tile wider than what a window cuts off is work for nothing.
+_RANGES = {
+    ("forward", 64): Config(64, 64, 4, 3),
+    ("forward", 128): Config(64, 64, 4, 3),
 }
 _SINGLE = {
     ("forward", 64): Config(64, 32, 4, 2),
@@ -35,20 +45,36 @@ _SINGLE = {
 }
 _INTERPRETED = Config(32, 32, 4, 1)
 
-CHUNK = 256  # entries of a plan that are looked at together
+CUT = 64  # keys of a tile where something is cut or pooled, at most
+CHUNK = 128  # entries of a plan that are looked at together; counts of them fit in a byte
+ONE_WARP = Config(0, 0, 1, 1)
 PREPARED = 32  # rows of a program that prepares the gradients
-GROUPS = 8  # of 8 tokens, of a program that pools
-PANEL = 32  # and the channels it takes at a time
+POOLED = 4096  # numbers, of keys or values, in a tile that is pooled
+TILES = 8  # of them for a program
 FEW = 16  # queries whose lists are cut into parts
 PART = 1024  # keys of a part, about
 PARTS = 16  # at most
 
 
-def config(kernel: str, width: int, half: bool, interpreted: bool = False) -> Config:
-    """The configuration of a kernel for heads of that width, padded."""
+def config(
+    kernel: str, width: int, half: bool, rows: int | None, interpreted: bool = False
+) -> Config:
+    """The configuration of a kernel for heads of that width, padded.
+
+    rows: queries, of all heads, that share a list; None for a call without a plan.
+    """
     if interpreted:
         return _INTERPRETED
-    return (_HALF if half else _SINGLE)[kernel, max(width, 64)]
+    key = kernel, max(width, 64)
+    if not half:
+        return _SINGLE[key]
+    special = _RANGES if rows is None else _FEW_ROWS if rows <= 64 else _HALF
+    return special.get(key, _HALF[key])
+
+
+def pooled_tokens(width: int) -> int:
+    """Tokens in a tile that is pooled, of heads of that width, padded."""
+    return POOLED // max(width, 64)
 
 
 def parts(queries: int, keys: int, interpreted: bool = False) -> int:

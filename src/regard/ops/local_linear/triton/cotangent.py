@@ -76,7 +76,7 @@ def _step(
     return acc, other, mean_gamma
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together"])
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together", "pairs"])
 def cotangent_kernel(
     q, keys, values, grad, centre, sigma, scale, ridge, bias, high, low, first,
     mean, top_in, total_in, lse_in, slope,

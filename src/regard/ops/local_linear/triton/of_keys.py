@@ -90,7 +90,7 @@ def _step(
     return dk, dv, column
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right"])
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "pairs", "row_tiles"])
 def keys_kernel(
     keys, values, sigma, scale, bias, high, low, first,
     q_rows, e_rows, g_rows, u_rows, row_data, bounds,
@@ -117,7 +117,7 @@ def keys_kernel(
     k = tile_of(keys + key_pair.to(tl.int64) * length * DP, j0, N, DP, False)
     v = tile_of(values + key_pair.to(tl.int64) * length * DVP, j0, N, DVP, False)
     sigma_k, sigma_v = tl.load(sigma + key_pair * 2), tl.load(sigma + key_pair * 2 + 1)
-    stride = pairs.to(tl.int64) * row_length
+    stride = tl.cast(pairs, tl.int64) * row_length
 
     dk = tl.zeros([N, DP], tl.float32)
     dv = tl.zeros([N, DVP], tl.float32)

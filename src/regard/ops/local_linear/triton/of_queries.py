@@ -64,7 +64,7 @@ def _step(
     return tl.dot(ds, k, acc, input_precision=PRECISION), total
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together"])
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together", "pairs"])
 def queries_kernel(
     q, keys, values, centre, sigma, scale, ridge, bias, high, low, first,
     mean, top_in, total_in, lse_in, slope, solution, failed_g, failed, right_side, overflow,
@@ -258,7 +258,7 @@ def queries_kernel(
             t = raw_rows(right_side + rows * D, i, D, T, D, DP)
             put_rows(grad_probe + rows * D, i, T, t * (-size * sigma_k)[:, None], D, DP)
 
-    stride = pairs.to(tl.int64) * row_length
+    stride = tl.cast(pairs, tl.int64) * row_length
     tl.store(row_data + padded, at_zero)
     tl.store(row_data + stride + padded, rest_at_zero)
     tl.store(row_data + 2 * stride + padded, constant)
