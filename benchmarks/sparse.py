@@ -95,6 +95,9 @@ def engine() -> dict[str, Any]:
             continue
         numbers, seconds = measured.numbers, measured.seconds
         for work in ("forward", "both") if case.work == "gradients" else ("forward",):
+            name = case.name.replace(", gradients", "") + (", with backward" * (work == "both"))
+            if name in found:  # a forward that has a row of its own
+                continue
             least = {t.quantity: t.least for t in reversed(case.targets)}.get(f"SDPA/{work}")
             more = {
                 "form": measured.form,
@@ -103,7 +106,6 @@ def engine() -> dict[str, Any]:
             }
             if work == "forward" and "of peak" in numbers:
                 more["of_peak"] = round(numbers["of peak"], 2)
-            name = case.name.replace(", gradients", "") + (", with backward" * (work == "both"))
             found[name] = row(
                 seconds[f"SDPA {work}"], seconds[work], least=least, **more,
                 **({"noisy": True} if measured.noisy else {}),

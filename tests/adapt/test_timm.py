@@ -14,21 +14,25 @@ from regard.adapt import timm as adapt
 
 
 class Recent(Attention):
-    """With what newer releases of timm have: norms, dropout, masks."""
+    """With what newer releases of timm have: norms, dropout, a gate, masks."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__(dim, heads)
         self.scale = (dim // heads) ** -0.5
         self.q_norm, self.k_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
         self.attn_drop, self.norm = nn.Dropout(0.0), nn.LayerNorm(dim)
-        self.proj_drop = nn.Dropout(0.0)
+        self.proj_drop, self.gate = nn.Dropout(0.0), nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.proj(self.norm(out.transpose(1, 2).reshape(B, N, C)))
+        attend = nn.functional.scaled_dot_product_attention
+        out = attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        out = self.norm(out.transpose(1, 2).reshape(B, N, C))
+        return self.proj(out * self.gate(x).sigmoid())
 
 
 def vision() -> tuple[Any, Tensor]:
@@ -66,6 +70,20 @@ def test_norms_and_masks_are_kept() -> None:
     adapt.swap(model, "hierarchical_sparse", block=2, budget=4, chunk=2)
     with pytest.raises(ValueError, match="attn_mask must be None: the op"):
         model[0](x, real)
+
+
+def test_calls_may_be_causal() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Recent(16, 2)).eval(), torch.randn(2, 7, 16)
+    before = model[0](x, is_causal=True)
+    for mechanism, options in (("softmax", {}), ("local_linear", {"ridge": 1e6})):
+        adapt.swap(model, mechanism, **options)
+        torch.testing.assert_close(model[0](x, is_causal=True), before, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="attn_mask must be None with is_causal"):
+        model[0](x, torch.ones(2, 1, 1, 7, dtype=torch.bool), is_causal=True)
+    adapt.swap(model, "hierarchical_sparse", block=2, budget=4, chunk=2)
+    with pytest.raises(ValueError, match="serves no causal"):
+        model[0](x, is_causal=True)
 
 
 def test_learned_parts_are_in_the_state_dict() -> None:
@@ -118,10 +136,11 @@ def test_models_of_timm(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, depth=2, num_classes=3).eval()
     images = torch.randn(1, 3, 224, 224)
-    keys, before = list(model.state_dict()), model(images)
+    # Its head starts at zero, and says nothing.
+    keys, before = list(model.state_dict()), model.forward_features(images)
     done = adapt.swap(model, "softmax")
     assert len(done.layers) == 2
     assert list(model.state_dict()) == keys
-    torch.testing.assert_close(model(images), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.forward_features(images), before, atol=1e-5, rtol=0)
     adapt.restore(model)
-    assert torch.equal(model(images), before)
+    assert torch.equal(model.forward_features(images), before)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import regard
 from ops.samples import Largest, megabytes_over_inputs, tensors
@@ -367,8 +369,21 @@ def test_onednn_products_equal_torchs(D: int, solver: str, monkeypatch: pytest.M
         assert torch.equal(one, other) != gemm.available()
 
 
-def test_one_head_alone_has_the_bits_it_has_among_others():
-    q, k, v = tensors(B=2, H=4, Hk=2, T=600, S=600, D=16, dtype=torch.float32)
-    whole = local_linear_attention(q, k, v, causal=True)
-    one = local_linear_attention(q[1:, 2:], k[1:, 1:], v[1:, 1:], causal=True)
-    assert torch.equal(one, whole[1:, 2:])
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "cg"}, {"causal": False, "window": (200, 50)}], ids=str
+)
+def test_one_head_alone_has_the_bits_it_has_among_others(impl: str, options: dict[str, Any]):
+    """Also where heads are taken together and the number of their weights is odd."""
+    q, k, v = tensors(B=2, H=4, Hk=2, T=601, S=601, D=16, dtype=torch.float32)
+
+    def attend(*inputs: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = local_linear_attention(*leaves, **{"causal": True, "impl": impl} | options)
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    out, *gradients = attend(q, k, v)
+    one, *own = attend(q[1:, 2:], k[1:, 1:], v[1:, 1:])
+    assert torch.equal(one, out[1:, 2:])
+    whole = (x[1:, -x.shape[1] // 2 :] for x in gradients)
+    assert all(torch.equal(*pair) for pair in zip(own, whole, strict=True))

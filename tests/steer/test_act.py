@@ -226,6 +226,26 @@ def test_cached_decoding_keeps_the_sinks_of_the_prompt(kind: str) -> None:
     assert beams.shape == plain.shape
 
 
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Gemma2"])
+@torch.no_grad()
+def test_generation_with_and_without_a_cache(kind: str, side: str) -> None:
+    model = tiny.decoder(kind)
+    ids = IDS if side == "none" else torch.tensor([[0, 0, 0, *IDS[0, :5]], [*IDS[0]]])
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_logits": True, "attention_mask": (ids != 0).long()}
+    heads = {0: [0, 1], 1: [0, 2], 2: [3]}
+    with act.act_calibration(model, heads, theta=0.15):
+        cached = model.generate(ids, **options)
+    with act.act_calibration(model, heads, theta=0.15, prompt=8):
+        whole = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(cached.sequences, whole.sequences)
+    for one, other in zip(cached.logits, whole.logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    plain = model.generate(ids, **options)
+    assert not torch.allclose(plain.logits[1], cached.logits[1], atol=1e-3)
+
+
 @torch.no_grad()
 def test_strength_zero_and_other_heads_are_bit_identical() -> None:
     model = tiny.decoder("Llama", "sdpa")
@@ -354,6 +374,8 @@ def test_bad_requests() -> None:
     model = tiny.decoder()
     with pytest.raises(ValueError, match=r"beta 1\.5"):
         act.act_calibration(model, beta=1.5)
+    with pytest.raises(ValueError, match="prompt 0"):
+        act.act_calibration(model, prompt=0)
     with pytest.raises(ValueError, match=r"layers .* the model has layers 0 to 2"):
         act.act_calibration(model, LLAMA2_7B_CHAT_CLASSIFICATION)
     with pytest.raises(ValueError, match="theta, alpha"):

@@ -232,6 +232,24 @@ def test_cached_steps_are_the_edit_by_hand() -> None:
     assert torch.allclose(torch.cat(steps, 1), whole[:, 21:], atol=1e-5)
 
 
+@pytest.mark.parametrize("dims", [[11], "attention"])
+@torch.no_grad()
+def test_generation_with_and_without_a_cache(dims: list[int] | str) -> None:
+    model, ids, pixels = planted("sdpa")
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_logits": True, "input_ids": ids, "pixel_values": pixels[:1]}
+    choice = OPTIONS | {"alpha": 1.0}
+    with var.visual_attention_redistribution(model, dims, **choice):
+        cached = model.generate(**options)
+    with var.visual_attention_redistribution(model, dims, prompt=21, **choice):
+        whole = model.generate(use_cache=False, **options)
+    assert torch.equal(cached.sequences, whole.sequences)
+    for one, other in zip(cached.logits, whole.logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    plain = model.generate(**options)
+    assert not torch.allclose(plain.logits[0], cached.logits[0], atol=1e-4)
+
+
 @torch.no_grad()
 def test_without_its_sinks_the_image_is_what_the_other_patches_say() -> None:
     """keep = 0 takes all from the sinks, and their values no longer matter after the image."""
@@ -298,16 +316,18 @@ def test_where_no_dimension_stands_out_sinks_are_told_by_attention() -> None:
     with pytest.raises(var.NoMassiveDimension, match="no dimension of the first token stands out"):
         var.sink_dimensions(model, **inputs, times=1e3)
     seen: list[torch.Tensor] = []
-    auto = var.visual_attention_redistribution(model, skip_last=False, **OPTIONS)
+    choice = OPTIONS | {"alpha": 1.0, "skip_last": False}
+    auto = var.visual_attention_redistribution(model, **choice)
     with tap(model, read=lambda a: seen.append(a.weights), layers=[2], where="language"):
         model(**inputs)
     with auto:
         steered = model(**inputs).logits
-    by_hand = seen[0].mean(1).sum(1) / torch.arange(20, 0, -1) > 5 / 20
+    by_hand = seen[0].mean(1).sum(1) / torch.arange(20, 0, -1) > 1 / 20
     assert auto.dims == ()
     assert torch.equal(auto.sinks[2], by_hand)
-    with var.visual_attention_redistribution(model, "attention", skip_last=False, **OPTIONS):
+    with var.visual_attention_redistribution(model, "attention", **choice):
         assert torch.equal(model(**inputs).logits, steered)
+    assert not torch.allclose(model(**inputs).logits, steered, atol=1e-4)
 
 
 @torch.no_grad()
@@ -338,6 +358,8 @@ def test_bad_requests() -> None:
         ({"keep": 1.5}, r"keep 1\.5"),
         ({"dims": "all"}, "dims 'all'"),
         ({"dims": []}, r"dims \[\]"),
+        ({"prompt": 0}, "prompt 0"),
+        ({"alpha": 0.0}, r"alpha 0\.0"),
         ({"skip_layers": range(3)}, "no layer is left"),
         ({"image": torch.ones(3)}, "must be a bool mask"),
     ):

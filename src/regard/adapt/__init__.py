@@ -1,8 +1,8 @@
 """Into other people's models: their attention layers get a mechanism of ours, and give it back.
 
 `regard.adapt.transformers` serves models of the library transformers, `regard.adapt.timm` vision
-transformers of timm; `site.py`, `fitting.py`, `learned.py` and `reporting.py` are what both need.
-Four calls of the first are here as well:
+transformers of timm; `site.py`, `fitting.py`, `learned.py`, `swapped.py` and `reporting.py` are
+what both need. Four calls of the first are here as well:
 
     report(model)                                which layer can take which mechanism, or why not
     swap(model, "local_linear", ridge=1e4)       put it in

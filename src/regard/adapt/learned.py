@@ -76,6 +76,7 @@ class Learned(nn.Module):
             nn.init.zeros_(probe.weight)
         self.feature_map_q = self.feature_map_k = self.window_factors = None
         self.log_ridge = self.log_scale = None
+        self.scale: float | None = None  # the layer's own, of the last call
         if card.name in MAPPED:
             self._map(card, site, options)
         self._free(op, card, site, options, learn)
@@ -127,6 +128,7 @@ class Learned(nn.Module):
     def arguments(self, scale: float | None, tokens: Tensor | None, memory: Tensor | None) -> Any:
         """Arguments of the op beside q, k, v and masks."""
         given: dict[str, Any] = {}
+        self.scale = scale
         if len(self.operands):
             if tokens is None:
                 raise RuntimeError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from regard.adapt.fitting import CARDS, refuses
-from regard.adapt.site import Site
+from regard.adapt.fitting import CARDS, find, refuses
+from regard.adapt.site import Layers, Site, choose
 
 FACTS = ("kind", "causal", "heads", "kv_heads", "head_dim", "window", "softcap")
+EXTRAS = ("sinks", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,39 @@ class Report:
 
     def can(self, mechanism: str) -> tuple[str, ...]:
         """The layers that can take it."""
-        pairs = zip(self.layers, self.reasons, strict=True)
-        return tuple(site.name for site, why in pairs if why[mechanism] is None)
+        return tuple(site.name for site, why in self._items() if why[mechanism] is None)
+
+    def only(self, mechanisms: Collection[str] | None = None, layers: Layers = None) -> Report:
+        """The part about these mechanisms and layers (numbers, paths or patterns); None: all.
+
+        Raises: ValueError, TypeError: an unknown name, a layer that the model does not have.
+        """
+        kept = {site.number for site in choose("report", self.layers, layers)}
+        names = None if mechanisms is None else [find("report", name).name for name in mechanisms]
+        rows = [
+            (site, why if names is None else {name: why[name] for name in names}, now)
+            for site, why, now in zip(self.layers, self.reasons, self.swapped, strict=True)
+            if site.number in kept
+        ]
+        sites, reasons, swapped = zip(*rows, strict=True)
+        return replace(self, layers=sites, reasons=reasons, swapped=swapped)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(layers, mechanism, "yes" or why not), layers of equal answers together."""
-        groups: dict[tuple, list[Site]] = {}
-        for site, why in zip(self.layers, self.reasons, strict=True):
-            groups.setdefault((site.kind, tuple(why.items())), []).append(site)
+        answers = [(site.kind, tuple(why.items())) for site, why in self._items()]
         return [
-            (_names(members), name, "yes" if reason is None else f"no: {reason}")
-            for (_, answers), members in groups.items()
-            for name, reason in answers
+            (names, name, "yes" if reason is None else f"no: {reason}")
+            for names, (_, why) in _together(self.layers, answers)
+            for name, reason in why
         ]
+
+    def layer_rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """(layers, pattern, heads, channels of a head, window, what else), equal ones together."""
+        facts = [(site.pattern.value, *_described(site)) for site in self.layers]
+        return [(names, *row) for names, row in _together(self.layers, facts)]
+
+    def _items(self) -> Iterable[tuple[Site, dict[str, str | None]]]:
+        return zip(self.layers, self.reasons, strict=True)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -47,7 +68,8 @@ class Report:
             "layers": [
                 {"number": site.number, "name": site.name, "pattern": site.pattern.value}
                 | {fact: getattr(site, fact) for fact in FACTS}
-                | {"sinks": site.sinks, "swapped": now, "mechanisms": why}
+                | {extra: getattr(site, extra) for extra in EXTRAS}
+                | {"swapped": now, "mechanisms": why}
                 for site, why, now in items
             ],
         }
@@ -70,6 +92,26 @@ def fill(
         return {name: always or refuses(card, site) for name, card in CARDS.items()}
 
     return Report(type(model).__name__, found, tuple(map(reasons, found)), swapped)
+
+
+def _together(sites: tuple[Site, ...], rows: list[Any]) -> list[tuple[str, Any]]:
+    """The different rows, each with the layers that have it."""
+    groups: dict[Any, list[Site]] = {}
+    for site, row in zip(sites, rows, strict=True):
+        groups.setdefault(row, []).append(site)
+    return [(_names(members), row) for row, members in groups.items()]
+
+
+def _described(site: Site) -> tuple[str, str, str, str]:
+    heads, size, window = (
+        "-" if x is None else str(x) for x in (site.heads, site.head_dim, site.window)
+    )
+    if site.kv_heads != site.heads and site.kv_heads is not None:
+        heads += f" on {site.kv_heads}"
+    more = [name.replace("_", " ") for name in EXTRAS if getattr(site, name)]
+    if site.softcap is not None:
+        more.append(f"softcap {site.softcap:g}")
+    return heads, size, window, ", ".join(more) or "-"
 
 
 def _names(members: list[Site]) -> str:

@@ -1,16 +1,15 @@
 """Mechanisms of ours in the `Attention` modules of timm's vision transformers.
 
 Such a module has a fused projection `qkv`, `proj`, and often `q_norm`, `k_norm`, `norm`,
-`attn_drop` and `proj_drop`. It is known by that layout, not by its class, so the module itself is
-not imported: models in timm's style from elsewhere are served as well. `swap` puts a module of
-the same children, and therefore the same keys in a state dict, in its place.
+`attn_drop`, `proj_drop` and `gate`. It is known by that layout, not by its class, so the module
+itself is not imported: models in timm's style from elsewhere are served as well. `swap` puts a
+module of the same children, and therefore the same keys in a state dict, in its place.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,23 +19,26 @@ from regard.adapt.fitting import find, refuses
 from regard.adapt.learned import Learned, pieces, scales_scores
 from regard.adapt.reporting import Report, fill
 from regard.adapt.site import Layers, Site, choose
+from regard.adapt.swapped import ATTRIBUTE, Swap
 from regard.core.card import Card
 from regard.core.checks import reject, words
+from regard.core.patterns import Pattern
 from regard.mixers.arguments import check_options, taken
 
 NEEDED = ("qkv", "proj")
-KNOWN = (*NEEDED, "q_norm", "k_norm", "norm", "attn_drop", "proj_drop", "regard")
-CALLED = ("self", "x", "attn_mask")
+KNOWN = (*NEEDED, "q_norm", "k_norm", "norm", "attn_drop", "proj_drop", "gate", ATTRIBUTE)
+CALLED = ("self", "x", "attn_mask", "is_causal")
 
 
 class SwappedAttention(nn.Module):
     """Attention of timm's layout by one of our mechanisms; learned parts are under `regard`.
 
-        y = proj(norm(mechanism(q_norm(q), k_norm(k), v)))      q, k, v = qkv(x)
+        y = proj(norm(mechanism(q_norm(q), k_norm(k), v)) sigmoid(gate(x)))      q, k, v = qkv(x)
 
     Shapes: x [B, N, C], `attn_mask` None, or bool [B, 1, 1, N] (True = a real token), or, for a
     mechanism with biases, whatever broadcasts to [B, H, N, N]. `attn_drop` acts on the outputs
-    of the mechanism, which has no weights to drop.
+    of the mechanism, which has no weights to drop. `is_causal`: of a call, as in timm; then without
+    `attn_mask`, and for mechanisms that serve it.
     """
 
     qkv: Any
@@ -64,7 +66,9 @@ class SwappedAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"mechanism={self.card.name!r}, options={self.options}"
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -74,15 +78,26 @@ class SwappedAttention(nn.Module):
         if scales_scores(self.card) and scale is not None:
             given.setdefault("scale", float(scale))
         given |= self.regard.arguments(q.shape[3] ** -0.5 if scale is None else scale, x, None)
+        if is_causal:
+            self._check_causal(attn_mask)
         if attn_mask is not None:
             given |= self._masked(attn_mask, B, N)
-        out = self._child("attn_drop", self.card.op(q=q, k=k, v=v, causal=False, **given))
+        out = self._child("attn_drop", self.card.op(q=q, k=k, v=v, causal=is_causal, **given))
         out = self._child("norm", out.transpose(1, 2).reshape(B, N, -1))
+        if "gate" in self._modules:
+            out = out * self._child("gate", x).sigmoid()
         return self._child("proj_drop", self.proj(out))
 
     def _child(self, name: str, x: Tensor) -> Tensor:
         child = self._modules.get(name)
         return x if child is None else child(x)
+
+    def _check_causal(self, mask: Tensor | None) -> None:
+        op = f"{self.card.name} in {self.path}"
+        if Pattern.CAUSAL_SELF not in self.card.patterns:
+            raise reject(op, "is_causal", "False: the mechanism serves no causal attention", True)
+        if mask is not None:
+            raise reject(op, "attn_mask", "None with is_causal", mask)
 
     def _masked(self, mask: Tensor, B: int, N: int) -> dict[str, Tensor]:
         op = f"{self.card.name} in {self.path}"
@@ -97,24 +112,6 @@ class SwappedAttention(nn.Module):
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
         return {"bias": mask}
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What `swap` did: the layers, by path. `restore` takes them back."""
-
-    model: nn.Module = field(repr=False)
-    mechanism: str
-    layers: tuple[str, ...]
-
-    def restore(self) -> None:
-        """These layers as they were."""
-        restore(self.model, self.layers)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What the mechanism learns, by its path in the model."""
-        found = {name: self.model.get_submodule(f"{name}.regard") for name in self.layers}
-        return {f"{n}.regard.{o}": p for n, m in found.items() for o, p in m.named_parameters()}
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
@@ -171,7 +168,7 @@ def swap(
         layer.regard.to(layer.qkv.weight.device)
     for name, layer in made.items():
         _put(model, name, layer)
-    return Swap(model, card.name, tuple(made))
+    return Swap(model, card.name, tuple(made), restore)
 
 
 def restore(model: nn.Module, layers: Layers = None) -> None:

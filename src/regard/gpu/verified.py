@@ -27,6 +27,13 @@ class Verified(NamedTuple):
 VERIFIED: tuple[Verified, ...] = (
     # docs/gpu.md: the contract suite; docs/performance_notes.md: accuracy by kind of keys.
     Verified("local_linear", "sm_90", HALVES, 128),
+    # The contract suite, random calls, and errors of long calls beside their times.
+    Verified("linear", "sm_90", ("bfloat16",), 128),
+    Verified("linear", "sm_90", ("float16",), 64),
+    Verified("linear_delta", "sm_90", ("bfloat16",), 128),
+    Verified("linear_delta", "sm_90", ("float16",), 64),
+    # The contract suite; levels, lists and windows at 700 and 2,000 tokens, gradients included.
+    Verified("block_sparse", "sm_90", ALL, 128),
 )
 
 

@@ -163,6 +163,8 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
         theta, alpha: as in `find_sinks`.
         spare_first: as in `find_sinks`.
         layers, where: which layers, as for `tap`; self-attention only.
+        prompt: how many of the first tokens (padding included) are the prompt, where later ones
+            run with it: generation without a cache is then as with one. None: all of them.
         compat: "official" does in every call what the released code does, see
             `calibrate_attention`.
 
@@ -185,12 +187,15 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
         spare_first: bool = True,
         layers: Sequence[int] | None = None,
         where: str | None = None,
+        prompt: int | None = None,
         compat: Compat = None,
     ) -> None:
+        if prompt is not None and prompt < 1:
+            raise ValueError(f"act_calibration: prompt {prompt}: must be at least 1")
         if not 0 <= beta <= 1:
             raise ValueError(f"act_calibration: beta {beta}: must be in [0, 1]")
         check_compat("act_calibration", compat, theta, alpha, spare_first)
-        self.compat = compat
+        self.compat, self.prompt = compat, prompt
         self.beta, self.theta, self.alpha, self.spare_first = beta, theta, alpha, spare_first
         edit = Edit(post=self._calibrate, heads=heads)
         self._tap = tap(model, edit=edit, layers=layers, kind="self", where=where)
@@ -212,7 +217,7 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
         key = f"{attention.name}#{attention.layer}"
         if attention.offset == 0:
             options = {"theta": self.theta, "alpha": self.alpha, "spare_first": self.spare_first}
-            self.sinks[key] = _sinks_of_prompt(weights, attention, **options)
+            self.sinks[key] = _sinks_of_prompt(weights, attention, self.prompt, **options)
         elif key not in self.sinks:
             raise ValueError(
                 f"act_calibration: {attention.name} goes on from a cache whose prompt was run "
@@ -221,11 +226,14 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
         return calibrate(weights, for_keys(self.sinks[key], attention), self.beta)
 
 
-def _sinks_of_prompt(weights: Tensor, attention: Attention, **options: Any) -> Tensor:
+def _sinks_of_prompt(
+    weights: Tensor, attention: Attention, prompt: int | None = None, **options: Any
+) -> Tensor:
     """`find_sinks` among real keys, by real queries."""
     visible = attention.visible & attention.query_mask[:, None, :, None]
     if visible.shape[1] > 1:
         visible = visible[:, attention.heads]
+    weights, visible = weights[..., :prompt, :prompt], visible[..., :prompt, :prompt]
     return find_sinks(weights, visible=visible, **options)
 
 
@@ -332,7 +340,7 @@ def head_slopes(
     def lean(output: Tensor, attention: Attention) -> Tensor:
         weights = attention.weights_of(attention.heads, attention.rows)
         options = {"theta": theta, "alpha": alpha, "spare_first": spare_first}
-        sinks = _sinks_of_prompt(weights.detach(), attention, **options).unsqueeze(-2)
+        sinks = _sinks_of_prompt(weights.detach(), attention, None, **options).unsqueeze(-2)
         s = (weights * sinks).sum(-1, keepdim=True)
         part = attention.mix(weights * sinks, attention.heads)
         # d o' / d(1 - beta) at beta = 1, as in `calibrate_output`; nothing where only sinks are.

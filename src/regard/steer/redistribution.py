@@ -17,7 +17,6 @@ from regard.steer.context import Steering, for_keys, watching
 from regard.steer.images import ImagePlaces
 
 SHARE_EPSILON = 1e-6  # per image token, in the share of the sinks: part of the published rule
-ALPHA = 5.0  # times the uniform weight, where sinks are told by their attention
 LLAMA2_7B_DIMENSIONS = (1415, 2533)
 LLAMA2_13B_DIMENSIONS = (2100, 4743)
 
@@ -158,7 +157,7 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
         model: a decoder of transformers with image tokens in its prompt.
         dims: massive dimensions of the base model; "auto": found by one more run of the first
             prompt (see `sink_dimensions`); "attention": sinks are, instead, the tokens whose mean
-            weight over heads and queries is above 5 / tokens, which "auto" falls back to.
+            weight over heads and queries is above alpha / tokens, which "auto" falls back to.
         image: bool [B, T], the prompt's image tokens; None: from input_ids and the config.
         tau, rho, min_mass: as above and in `image_centric_heads`.
         keep: what sinks keep (the released code's p; the paper counts what is moved); 1 changes
@@ -166,6 +165,9 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
         skip_layers: layers left alone.
         skip_last: leave the last layer alone, as the paper says (the released code does not).
         where: substring of the module paths; None: the language model's.
+        prompt: how many of the first tokens (padding included) are the prompt, where later ones
+            run with it, as in generation without a cache. None: all of them.
+        alpha: see `dims`.
 
     Raises: ValueError for values out of range, no image token, or layers that are not there.
     """
@@ -183,7 +185,15 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
         skip_layers: Collection[int] = (0, 1),
         skip_last: bool = True,
         where: str | None = None,
+        prompt: int | None = None,
+        alpha: float = 5.0,
     ) -> None:
+        if not alpha > 0:
+            raise ValueError(f"visual_attention_redistribution: alpha {alpha}: must be above 0")
+        if prompt is not None and prompt < 1:
+            raise ValueError(
+                f"visual_attention_redistribution: prompt {prompt}: must be at least 1"
+            )
         for name, value in (("rho", rho), ("keep", keep), ("min_mass", min_mass)):
             if not 0 <= value <= 1:
                 raise ValueError(
@@ -195,7 +205,8 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
                 "'attention'"
             )
         self.model, self.tau, self.rho, self.keep = model, tau, rho, keep
-        self.min_mass, self.where = min_mass, where
+        self.min_mass, self.where, self.prompt = min_mass, where, prompt
+        self.alpha = alpha
         # None: not known yet; empty: sinks are told by their attention.
         self.dims: tuple[int, ...] | None = None
         self._finding = False
@@ -245,7 +256,10 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
         if attention.offset == 0:
             real = attention.query_mask
             self._image = self.places.prompt(T, B) & real
-            self.sinks[attention.layer] = self._sinks(weights, attention, real)
+            sinks = self._sinks(weights, attention, real)
+            if self.prompt is not None:
+                sinks[:, self.prompt :] = False
+            self.sinks[attention.layer] = sinks
         elif attention.layer not in self.sinks or self._image is None:
             raise ValueError(f"{name}: a cache whose prompt was run outside; run it inside too")
         image = for_keys(self._image, attention)
@@ -261,7 +275,10 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
     def _sinks(self, weights: Tensor, attention: Attention, real: Tensor) -> Tensor:
         if not self.dims:
             visible = (attention.visible & real[:, None, :, None])[:, 0]
-            return heavy_keys(weights.mean(1), theta=None, alpha=ALPHA, visible=visible) & real
+            means = weights.mean(1)[..., : self.prompt, : self.prompt]
+            visible = visible[..., : self.prompt, : self.prompt]
+            heavy = heavy_keys(means, theta=None, alpha=self.alpha, visible=visible)
+            return torch.nn.functional.pad(heavy, (0, real.shape[1] - heavy.shape[1])) & real
         if attention.hidden is None:
             raise ValueError(
                 f"visual_attention_redistribution: {attention.name} does not show its layer's input"

@@ -152,9 +152,22 @@ def test_mixed_layers_share_a_cache() -> None:
     assert torch.equal(model.generate(**inputs, **options), whole)
 
 
-def test_windows_and_caps_that_are_dropped() -> None:
-    model, inputs = case("Gemma2", "left")
-    adapt.swap(model, "linear", drop=("window", "softcap"))
+@pytest.mark.parametrize("mechanism", ["linear", "gated_delta"])
+@pytest.mark.parametrize(
+    ("kind", "drop", "layers"),
+    [
+        ("Mistral", "window", None),
+        ("Qwen2", (), None),
+        ("Gemma2", ("window", "softcap"), None),  # forgotten, as asked for
+        ("llava", (), "*language_model*"),
+    ],
+)
+def test_families_generate_with_states(
+    kind: str, drop: Any, layers: str | None, mechanism: str
+) -> None:
+    model, inputs = case(kind, "left")
+    torch.manual_seed(2)
+    adapt.swap(model, mechanism, layers, drop=drop)
     options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
     whole = model.generate(**inputs, **options, use_cache=False)
     assert torch.equal(model.generate(**inputs, **options), whole)

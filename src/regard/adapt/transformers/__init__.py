@@ -7,7 +7,8 @@ The files:
 - `mechanism.py`: the part that is attached to a layer, and the attention function itself
 - `caches.py`: a cache layer for states of fixed size
 - `swapping.py`: `swap` and `restore`; `registering.py`: names for `set_attn_implementation`
-- `reporting.py`: which layer can take what; `saving.py`: folders and back
+- `reporting.py`: which layer can take what; `skeleton.py`: a folder's model without its weights
+- `saving.py`: folders and back
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ if find_spec("transformers") is None:
 
 from regard.adapt.reporting import Report
 from regard.adapt.site import Site
+from regard.adapt.swapped import Swap
 from regard.adapt.transformers.caches import StateLayer
 from regard.adapt.transformers.mechanism import Mechanism
 from regard.adapt.transformers.registering import register
 from regard.adapt.transformers.reporting import report
 from regard.adapt.transformers.saving import from_pretrained, save_pretrained
 from regard.adapt.transformers.sites import sites
-from regard.adapt.transformers.swapping import Swap, restore, swap, swapped
+from regard.adapt.transformers.skeleton import skeleton
+from regard.adapt.transformers.swapping import restore, swap, swapped
 
 __all__ = [
     "Mechanism",
@@ -41,6 +44,7 @@ __all__ = [
     "restore",
     "save_pretrained",
     "sites",
+    "skeleton",
     "swap",
     "swapped",
 ]

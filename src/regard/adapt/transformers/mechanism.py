@@ -12,6 +12,7 @@ from torch.nn.functional import dropout as drop_out
 
 from regard.adapt.learned import Learned, scales_scores
 from regard.adapt.site import Site
+from regard.adapt.swapped import ATTRIBUTE
 from regard.adapt.transformers.caches import MARK, Call, StateLayer, state_layer
 from regard.adapt.transformers.sight import Sight, see
 from regard.adapt.transformers.sites import CROSS
@@ -20,7 +21,6 @@ from regard.core.checks import reject, words
 from regard.core.patterns import Pattern
 from regard.mixers.arguments import check_options, taken
 
-ATTRIBUTE = "regard"  # of the attention layer: parameters are `<layer>.regard.<...>`
 TOKENS = "hidden_states"
 MEMORIES = ("key_value_states", "encoder_hidden_states")
 

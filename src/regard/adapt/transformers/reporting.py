@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from regard.adapt.reporting import Report, fill
-from regard.adapt.transformers.mechanism import ATTRIBUTE, Mechanism
+from regard.adapt.swapped import ATTRIBUTE
+from regard.adapt.transformers.mechanism import Mechanism
 from regard.adapt.transformers.sites import sites
 from regard.adapt.transformers.swapping import unreachable
 from regard.core.checks import reject, words

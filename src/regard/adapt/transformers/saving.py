@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from regard.adapt.transformers.mechanism import ATTRIBUTE, Mechanism
+from regard.adapt.swapped import ATTRIBUTE
+from regard.adapt.transformers.mechanism import Mechanism
 from regard.adapt.transformers.sites import sites
 from regard.adapt.transformers.swapping import swap
 from regard.core.checks import reject, words

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,40 +12,15 @@ from torch import nn
 from regard.adapt.fitting import check_dropped, find, refuses
 from regard.adapt.learned import pieces
 from regard.adapt.site import Layers, Site, choose
+from regard.adapt.swapped import ATTRIBUTE, Swap
 from regard.adapt.transformers import mechanism as parts
-from regard.adapt.transformers.mechanism import ATTRIBUTE, Mechanism
+from regard.adapt.transformers.mechanism import Mechanism
 from regard.adapt.transformers.registering import PREFIX, register_one
 from regard.adapt.transformers.sites import sites
 from regard.core.card import Card
 from regard.core.checks import check_integer, reject, words
 
 HANDLES = "_regard_handles"  # of a swapped layer: its hooks
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What `swap` did: the layers, by path. `restore` takes them back."""
-
-    model: nn.Module = field(repr=False)
-    mechanism: str
-    layers: tuple[str, ...]
-
-    def restore(self) -> None:
-        """These layers as they were."""
-        restore(self.model, self.layers)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What the mechanism learns, by its path in the model."""
-        found = {}
-        for name in self.layers:
-            part = self.model.get_submodule(f"{name}.{ATTRIBUTE}")
-            found |= {f"{name}.{ATTRIBUTE}.{n}": p for n, p in part.named_parameters()}
-        return found
-
-    def chosen(self) -> dict[str, dict[str, list[float]]]:
-        """Layer -> "ridge" or "scale" -> what each head has come to."""
-        found = {n: self.model.get_submodule(f"{n}.{ATTRIBUTE}") for n in self.layers}
-        return {n: p.learned.chosen() for n, p in found.items() if isinstance(p, Mechanism)}
 
 
 def swap(
@@ -137,7 +111,7 @@ def swap(
             if isinstance(old, Mechanism):
                 _attach(site.module, old)
         raise
-    return Swap(model, card.name, tuple(site.name for site in chosen))
+    return Swap(model, card.name, tuple(site.name for site in chosen), restore)
 
 
 def restore(model: nn.Module, layers: Layers = None) -> None:

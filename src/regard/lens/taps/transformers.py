@@ -176,9 +176,7 @@ def _checked(mask: Any, module: nn.Module) -> Tensor | None:
     return mask
 
 
-def _implies_causal(
-    module: nn.Module, name: str, query: Tensor, mask: Any, options: dict
-) -> bool:
+def _implies_causal(module: nn.Module, name: str, query: Tensor, mask: Any, options: dict) -> bool:
     """Whether the function masks later keys although it was given no mask, as sdpa does."""
     if isinstance(mask, Tensor) or name == "eager" or query.shape[2] == 1:
         return False

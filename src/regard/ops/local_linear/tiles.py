@@ -26,8 +26,7 @@ ROWS = 128  # rows (query heads of a group x queries) of a block
 LONG = 2048  # keys from which blocks are twice as high
 FEWEST_ROWS = 16
 PANEL = 1 << 22  # elements of the weights of one block, over all heads taken together
-TOGETHER = 4  # heads at once where each has products of its own: they share all that is small,
-CACHED = 1 << 20  # and each product reads weights again, of which so many are still in a cache
+TOGETHER = 4  # heads at once where each has products of its own: they share all that is small
 WHOLE_VECTORS = 32  # numbers that torch takes at once, or a multiple
 TAME = 1e15  # keys below this have no products that overflow float32
 
@@ -50,7 +49,7 @@ def parts(inputs: Inputs, rows: int) -> list[Part]:
     per_row = max(1, S, D * inputs.width // 2)  # its weights, or its covariance
     heads = max(1, PANEL // max(1, rows * inputs.group * per_row))
     if gemm.serves(inputs.q, inputs.dtype, rows * inputs.group, S):
-        heads = min(heads, TOGETHER, max(1, CACHED // (rows * inputs.group * max(S, 1))))
+        heads = min(heads, TOGETHER)
     if heads >= Hk:
         step = heads // Hk
         return [Part(b, min(b + step, B), 0, Hk) for b in range(0, B, step)]
@@ -305,19 +304,19 @@ class Heads:
     ) -> Tensor:
         """The same by oneDNN, whose results are used where they lie: one head at a time."""
         both, total = torch.cat([x, shift], 2), torch.empty_like(x)
-        for number, out in enumerate(total):
-            rest = torch.zeros_like(shift[0]) if precise else None
+        keys, keys_and_one = (y[:, block.low : block.high] for y in (self.k, self.k_and_one))
+        each = self._each(both, weights, keys, keys_and_one, mean, total)
+        for rows, w, k, k_and_one, centre, out in each:
+            rest = torch.zeros_like(rows[:, :1]) if precise else None
             for c0, c1 in block.tiles():
-                at = slice(block.low + c0, block.low + c1)
-                keys, w = self.k_and_one[number, at], weights[number, :, c0:c1]
-                tile = gemm.times_and_weigh(both[number], keys, w)
+                tile = gemm.times_and_weigh(rows, k_and_one[c0:c1], w[:, c0:c1])
                 self.blank(block, tile, c0, c1)
-                product = gemm.times(tile, self.k[number, at].t())
+                product = gemm.times(tile, k[c0:c1].t())
                 out.copy_(product) if c0 == 0 else out.add_(product)
                 if rest is not None:
                     rest += tile.sum(-1, keepdim=True)
             if rest is not None:
-                out.addcmul_(rest, mean[number], value=-1)
+                out.addcmul_(rest, centre, value=-1)
         return total
 
     def spans(self) -> list[slice]:

@@ -1,6 +1,7 @@
 """From softmax attention to a linear one: conversion, attention transfer, low-rank finetuning.
 
     convert(model)                    the softmax layers become Hedgehog layers on the same weights
+                                      (of transformers, timm: regard.adapt.swap(model, "hedgehog"))
     distil_attention(model, batches)  their feature maps learn the softmax weights
     add_lora(model); finetune(model, batches, loss)        the rest recovers
     merge_lora(model)

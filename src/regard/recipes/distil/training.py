@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.adapt.learned import Learned
 from regard.core.checks import check_integer, check_number, reject, words
 from regard.mixers import Hedgehog
 from regard.recipes.distil import diagnostics
@@ -27,10 +28,10 @@ Batch = Any  # the arguments of the model: a tensor, a tuple, or a mapping of na
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The feature maps and window factors of all Hedgehog layers, by name."""
+    """The feature maps and window factors of all Hedgehog layers, swapped-in ones too, by name."""
     found: dict[str, nn.Parameter] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, Hedgehog):
+        if isinstance(layer, Hedgehog | Learned):
             for own, parameter in layer.named_parameters():
                 if own.split(".")[0] in ("feature_map_q", "feature_map_k", "window_factors"):
                     found[f"{name}.{own}" if name else own] = parameter
@@ -159,7 +160,9 @@ def diagnose(
 
 def _call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
-        return model(**batch)
+        caches = getattr(getattr(model, "config", None), "use_cache", False)
+        more = {"use_cache": False} if caches and "use_cache" not in batch else {}
+        return model(**batch, **more)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 

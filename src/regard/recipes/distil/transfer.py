@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regard.adapt.learned import Learned
+from regard.adapt.swapped import ATTRIBUTE
 from regard.core.checks import reject
 from regard.mixers import Hedgehog
 from regard.ops import (
@@ -91,14 +94,16 @@ def transferring(
     *,
     weights: bool = True,
     query_mask: Tensor | None = None,
-) -> Iterator[dict[str, Hedgehog]]:
+) -> Iterator[dict[str, nn.Module]]:
     """Inside, converted layers of `model` hand on what the softmax layers they were would.
 
+    Converted are those of `convert`, and layers of models of transformers and timm into which
+    `regard.adapt` swapped "hedgehog" or "hedgehog_window"; the names are those of the layers.
     `observe(name, both)` is called for each one in each forward pass: layers learn on true
     inputs, independently of each other, and only one layer's weights need to be held. In
     self-attention a padded token is a padded query; `query_mask` says so of cross-attention.
     """
-    layers = converted(model)
+    layers: dict[str, nn.Module] = {**converted(model), **swapped(model)}
     if not layers:
         raise reject("transferring", "model", "one with converted layers (see `convert`)", model)
     with ExitStack() as installed:
@@ -113,18 +118,32 @@ def converted(model: nn.Module) -> dict[str, Hedgehog]:
     return {name: layer for name, layer in found.items() if layer.teacher_options is not None}
 
 
+def swapped(model: nn.Module) -> dict[str, nn.Module]:
+    """What `regard.adapt` put into layers, where it has feature maps, by the layer's name."""
+    found = {name: module for name, module in model.named_modules() if _maps(module) is not None}
+    return {name.removesuffix(f".{ATTRIBUTE}"): module for name, module in found.items()}
+
+
+def _maps(module: nn.Module) -> Learned | None:
+    learned = (child for child in module.children() if isinstance(child, Learned))
+    return next((child for child in learned if child.feature_map_q is not None), None)
+
+
 @contextmanager
 def _beside_its_teacher(
     name: str,
-    layer: Hedgehog,
+    layer: Any,
     observe: Callable[[str, Both], None],
     weights: bool,
     query_mask: Tensor | None,
 ) -> Iterator[None]:
-    card, crossing = layer.card, False
+    card, crossing = layer.card, getattr(layer, "kind", "self") == "cross"
+    learned = _maps(layer)
 
     def look(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal crossing
+        if learned is not None:
+            return  # self- or cross-attention for good
         memory = arguments[1] if len(arguments) > 1 else named.get("memory")
         crossing = memory is not None
 
@@ -136,16 +155,19 @@ def _beside_its_teacher(
         refused = {"state": state, "return_state": return_state or None, "cu_seqlens": cu_seqlens}
         for argument, value in refused.items():
             if value is not None:
-                raise reject("transferring", argument, "left out during the transfer", value)
+                accepted = "left out during the transfer (use_cache=False)"
+                raise reject("transferring", argument, accepted, value)
         real = query_mask if crossing else key_mask
+        options = layer.teacher_options if learned is None else {"scale": learned.scale}
         found = both(
-            q, k, v, op=card.op, operands=operands,
-            teacher_options=layer.teacher_options, causal=causal, key_mask=key_mask,
-            query_mask=real, weights=weights,
+            q, k, v, op=card.op, operands=operands, teacher_options=options,
+            causal=causal, key_mask=key_mask, query_mask=real, weights=weights,
         )  # fmt: skip
         observe(name, found)
         return found.teacher
 
+    # What a swapped layer may give is read from the signature.
+    attend.__signature__ = inspect.signature(card.op)  # pyright: ignore[reportFunctionMemberAccess]
     hook = layer.register_forward_pre_hook(look, with_kwargs=True)
     layer.card = replace(card, op=attend)
     try:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard.gpu import interpreting
 from regard.gpu.availability import precision
+from regard.gpu.operands import channels_last, padded
 from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.block_sparse.pyramid import POOLED
 from regard.ops.block_sparse.triton import table
@@ -49,16 +50,6 @@ class Coarse(NamedTuple):
     v: Tensor
     weights: Tensor | None
     some: Tensor
-
-
-def padded(width: int) -> int:
-    """A power of two that tensor cores take."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x with its channels side by side, as kernels read them; a copy where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Launcher:

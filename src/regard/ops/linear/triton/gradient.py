@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regard.gpu import interpreting
+from regard.gpu.operands import channels_last
 from regard.gpu.replay import alike
 from regard.ops.linear.decays import FORGETS, decays_to_end
 from regard.ops.linear.triton.backward import cotangents_kernel, rows_kernel
-from regard.ops.linear.triton.launch import PLANS, Launcher, channels_last
+from regard.ops.linear.triton.launch import PLANS, Launcher
 from regard.ops.linear.triton.of_keys import keys_kernel
 from regard.ops.linear.triton.of_queries import queries_kernel
 from regard.ops.linear.triton.shapes import Options, of_backward, room, width

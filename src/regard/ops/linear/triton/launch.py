@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.gpu import interpreting
 from regard.gpu.availability import precision
+from regard.gpu.operands import channels_last, padded
 from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.linear.triton.decode import tokens_kernel
 from regard.ops.linear.triton.forward import outputs_kernel, scan_kernel, sums_kernel
@@ -27,16 +28,6 @@ from regard.ops.linear.triton.table import (
 from regard.ops.linear.triton.whole import read_kernel
 
 PLANS = Plans()
-
-
-def padded(width: int) -> int:
-    """A power of two that tensor cores take."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x with its channels side by side, as kernels read them; a copy where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Launcher:

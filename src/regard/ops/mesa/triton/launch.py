@@ -8,7 +8,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from regard.gpu.availability import precision
 from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.linear.triton_delta.launch import (
     CHUNK,
@@ -44,8 +43,6 @@ class _Call:
         self.width = max(self.DP, self.EP)
         self.type, exact = operand(k.dtype)
         self.half = self.type != torch.float32
-        if exact == "tf32":  # iterations would amplify its rounding to ten times that of float16
-            exact = precision(half=False)
         facts = token_facts(self.steps, self.k, log_decay, False)
         self.common: dict[str, Any] = {
             "k": self.k, "v": self.v, "beta": beta, "facts": beta if facts is None else facts,
