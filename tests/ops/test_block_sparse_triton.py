@@ -146,7 +146,8 @@ def test_equals_the_reference_slow(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 17, 31, 33, 65])
 def test_any_length(length: int) -> None:
-    check(heads=1, key_heads=1, T=length, seed=length, causal=length % 2 == 0)
+    # Other seeds than `length`: with one pooled row in sight (16) a gradient is 0 but for rounding.
+    check(heads=1, key_heads=1, T=length, seed=length + 1, causal=length % 2 == 0)
 
 
 def test_nothing_to_attend_to() -> None:

@@ -40,15 +40,24 @@ class Call:
         return left, 0 if self.causal else right
 
 
-def attend(call: Call, op: Callable[..., tuple[Tensor, Tensor]], pools: bool = False) -> Tensor:
+def attend(
+    call: Call, op: Callable[..., tuple[Tensor, Tensor]], pools: bool = False, scales: bool = False
+) -> Tensor:
     """A call by a registered op that takes scaled queries and the rows of all levels.
 
-    An op that `pools` takes the keys themselves where no mask or bias is to be weighed in.
+    An op that `pools` takes the keys themselves where no mask or bias is to be weighed in; one
+    that `scales` takes a scale that is a number as its last argument.
     """
     dtype, S, plan = compute_dtype(call.q.dtype), call.k.shape[2], call.plan
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-    q = q * (scale.to(dtype).reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale)
+    last: tuple[float, ...] = (1.0,) if scales else ()
+    if isinstance(scale, Tensor):
+        q = q * scale.to(dtype).reshape(-1, 1, 1)
+    elif scales:
+        last = (scale,)
+    else:
+        q = q * scale
     if not S:
         return (q.sum(3, keepdim=True) * 0.0).expand(-1, -1, -1, v.shape[3])
     if call.key_bias is not None and call.key_bias.shape[1] not in (1, k.shape[1]):
@@ -64,7 +73,7 @@ def attend(call: Call, op: Callable[..., tuple[Tensor, Tensor]], pools: bool = F
         rows = pyramid(k, v, layout, call.key_mask, call.key_bias)
     return op(
         q, rows.k, rows.v, rows.bias, plan, call.indices, call.block_q, call.block_k, S,
-        *call.reach, call.replicate,
+        *call.reach, call.replicate, *last,
     )[0]  # fmt: skip
 
 
@@ -102,7 +111,7 @@ FORMS = (
         "native",
         "native",
         lambda call: native.unavailable(call.q, call.k),
-        lambda call: attend(call, block_sparse_native, pools=True),
+        lambda call: attend(call, block_sparse_native, pools=True, scales=True),
     ),
     Form("eager", "lists", lambda call: None, lambda call: attend(call, block_sparse)),
     Form("reference", "reference", lambda call: None, _reference, auto=False),

@@ -52,10 +52,10 @@ def _backward(
 
 def _native_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Tensor, indices: bool,
-    block_q: int, block_k: int, S: int, left: int, right: int, replicate: bool,
+    block_q: int, block_k: int, S: int, left: int, right: int, replicate: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists = walk.of_plan(q, k.shape[2], plan, indices, block_q, block_k, S, left, right, replicate)
-    found = walk.forward(_OP, q, k, v, bias, lists)
+    found = walk.forward(_OP, q, k, v, bias, lists, scale)
     if found is None:
         check = check_blocks if indices else check_levels
         check(plan, Layout(S, block_k, replicate))
@@ -67,11 +67,13 @@ def _native_backward(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     bias: Tensor | None, plan: Tensor, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    lists = walk.of_plan(q, k.shape[2], plan, *settings)
-    return walk.backward(_OP, d_out, out, lse, q, k, v, bias, lists)
+    *rest, scale = settings
+    lists = walk.of_plan(q, k.shape[2], plan, *rest)
+    return walk.backward(_OP, d_out, out, lse, q, k, v, bias, lists, scale)
 
 
 block_sparse = attention_pair("block_sparse", _ARGUMENTS, _forward, _backward, gradients=4)
 block_sparse_native = attention_pair(
-    "block_sparse_native", _ARGUMENTS, _native_forward, _native_backward, gradients=4
-)
+    "block_sparse_native", f"{_ARGUMENTS}, float scale", _native_forward, _native_backward,
+    gradients=4,
+)  # fmt: skip

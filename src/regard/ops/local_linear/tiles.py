@@ -26,7 +26,8 @@ ROWS = 128  # rows (query heads of a group x queries) of a block
 LONG = 2048  # keys from which blocks are twice as high
 FEWEST_ROWS = 16
 PANEL = 1 << 22  # elements of the weights of one block, over all heads taken together
-TOGETHER = 4  # heads at once where each has products of its own: they share all that is small
+TOGETHER = 4  # heads at once where each has products of its own: they share all that is small,
+CACHED = 1 << 21  # and each product reads weights again, of which so many stay in a cache
 WHOLE_VECTORS = 32  # numbers that torch takes at once, or a multiple
 TAME = 1e15  # keys below this have no products that overflow float32
 
@@ -49,7 +50,7 @@ def parts(inputs: Inputs, rows: int) -> list[Part]:
     per_row = max(1, S, D * inputs.width // 2)  # its weights, or its covariance
     heads = max(1, PANEL // max(1, rows * inputs.group * per_row))
     if gemm.serves(inputs.q, inputs.dtype, rows * inputs.group, S):
-        heads = min(heads, TOGETHER)
+        heads = min(heads, TOGETHER, max(1, CACHED // (rows * inputs.group * max(S, 1))))
     if heads >= Hk:
         step = heads // Hk
         return [Part(b, min(b + step, B), 0, Hk) for b in range(0, B, step)]

@@ -55,12 +55,14 @@ def _sides(grid: tuple[int, ...], windows: tuple[tuple[int, int], ...]) -> tuple
     return tuple(found)
 
 
-def _scaled(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries, keys and values in the dtype of the computation."""
+def _scaled(call: Call) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Queries, keys and values in the dtype of the computation, and what is left to scale by."""
     dtype = compute_dtype(call.q.dtype)
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-    return q * (scale.to(dtype).reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale), k, v
+    if isinstance(scale, Tensor):
+        return q * scale.to(dtype).reshape(-1, 1, 1), k, v, 1.0
+    return q, k, v, scale
 
 
 def _nothing(q: Tensor, v: Tensor) -> Tensor:
@@ -76,9 +78,10 @@ def _hide(mask: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _eager(call: Call) -> Tensor:
-    q, k, v = _scaled(call)
+    q, k, v, scale = _scaled(call)
     if not (q.shape[2] and k.shape[2]):
         return _nothing(q, v)
+    q = q * scale
     mask, grid, windows = call.key_mask, call.grid, call.windows
     dilated = max(call.dilation) > 1
     if dilated:
@@ -96,7 +99,7 @@ def _eager(call: Call) -> Tensor:
 
 
 def _native(call: Call) -> Tensor:
-    q, k, v = _scaled(call)
+    q, k, v, scale = _scaled(call)
     if not (q.shape[2] and k.shape[2]):
         return _nothing(q, v)
     mask, grid, steps = call.key_mask, call.grid, call.dilation
@@ -113,12 +116,12 @@ def _native(call: Call) -> Tensor:
     if len(grid) == 1 and not call.inward:
         side = None if call.tile is None else call.tile[0]
         out = native.attend_sequence(
-            block_sparse_native, q, k, v, bias, call.windows[0], side
+            block_sparse_native, q, k, v, bias, call.windows[0], side, scale
         )  # fmt: skip
     else:
         tile = call.tile or native.best_tile(grid, call.windows)
         left, right = ([pair[side] for pair in call.windows] for side in (0, 1))
-        out = native.window_native(q, k, v, bias, grid, left, right, call.inward, tile)[0]
+        out = native.window_native(q, k, v, bias, grid, left, right, call.inward, tile, scale)[0]
     if max(steps) > 1:
         out = _join(native.from_steps(out, padded, steps), call.grid, steps)
     return out

@@ -49,13 +49,13 @@ def best_tile(grid: tuple[int, ...], windows: tuple[tuple[int, int], ...]) -> tu
 
 def attend_sequence(
     op: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, reach: tuple[int, int],
-    tile: int | None,
+    tile: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """A sequence by `op`, the registered op of block-sparse attention; q is scaled."""
+    """A sequence by `op`, the native op of block-sparse attention."""
     T, S = q.shape[2], k.shape[2]
     block = min(tile or SEQUENCE_TILE, T)
     whole = torch.ones(1, 1, -(-T // block), 1, dtype=torch.int8, device=q.device)
-    return op(q, k, v, bias, whole, False, block, S, S, *reach, False)[0]
+    return op(q, k, v, bias, whole, False, block, S, S, *reach, False, scale)[0]
 
 
 def by_step(x: Tensor, grid: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
@@ -167,7 +167,8 @@ def _lists(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    found = walk.forward(_OP, q, k, v, bias, _lists(*settings))
+    *rest, scale = settings
+    found = walk.forward(_OP, q, k, v, bias, _lists(*rest), scale)
     assert found is not None  # boxes are no plan that could be wrong
     return found
 
@@ -176,13 +177,14 @@ def _backward(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     bias: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return walk.backward(_OP, d_out, out, lse, q, k, v, bias, _lists(*settings))
+    *rest, scale = settings
+    return walk.backward(_OP, d_out, out, lse, q, k, v, bias, _lists(*rest), scale)
 
 
 window_native = attention_pair(
     "window_native",
     "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] grid, int[] left, int[] right, "
-    "bool inward, int[] tile",
+    "bool inward, int[] tile, float scale",
     _forward,
     _backward,
     gradients=4,

@@ -4,6 +4,8 @@
  *
  *     dq = sum_j s_j k_j      dk_j = sum_i s_ij q_i      dv_j = sum_i p_ij e_i      db_j = sum_i s_ij
  *
+ * with the scale as a factor of dq and dk.
+ *
  * The blocks of queries of each key head are dealt out to a number of shares that depends on the
  * plan's size alone. The first share adds to the results; every other one has sums of its own, which
  * are added afterwards, in order. So the result does not depend on how many threads there are.
@@ -75,13 +77,16 @@ static void share_lay_out(Share *share, const Call *call, char **at) {
     share->bias = call->d_bias ? take_bytes(at, call->rows * 4) : 0;
 }
 
-/* Rows of the lanes in [LANES][width], 0 for those that are not live. */
-static void copy_rows(const Back *back, const float *from, int64_t channels, float *to) {
+/* Rows of the lanes in [LANES][width] times a factor, 0 for those that are not live. */
+static void copy_rows(
+    const Back *back, const float *from, int64_t channels, float factor, float *to
+) {
     const int64_t width = in_vectors(channels);
     for (int i = 0; i < back->tile.rows; i++, to += width) {
         memset(to, 0, (size_t)width * sizeof(float));
-        if (((const int32_t *)back->live)[i])
-            memcpy(to, from + back->tile.at[i] * channels, (size_t)channels * sizeof(float));
+        if (!((const int32_t *)back->live)[i]) continue;
+        const float *row = from + back->tile.at[i] * channels;
+        for (int64_t c = 0; c < channels; c++) to[c] = row[c] * factor;
     }
 }
 
@@ -106,8 +111,8 @@ static void back_begin(Back *back, const Shape *shape, Job job, int64_t place, i
     }
     tile_gather(tile, call->d_out, call->value_channels, 1, tile->out);
     memset(back->dq, 0, (size_t)padded(shape->k_panel) * sizeof(lanes));
-    copy_rows(back, call->q, call->channels, back->q);
-    copy_rows(back, call->d_out, call->value_channels, back->e);
+    copy_rows(back, call->q, call->channels, (float)call->scale, back->q);
+    copy_rows(back, call->d_out, call->value_channels, 1, back->e);
 }
 
 REGARD_INLINE void slopes_(
@@ -208,10 +213,12 @@ static void do_job(Space *space, const Shape *shape, Job job, const Share *share
             add_rows(space->dv, wide_v, piece, list, call, call->value_channels, share->v);
             if (share->bias) add_rows(space->db, 1, piece, list, call, 1, share->bias);
         }
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < count; i++) {
+            const Back *back = space->backs + i;
             tile_scatter(
-                &space->backs[i].tile, (const lanes *)space->backs[i].dq, call->channels, call->dq
+                &back->tile, (const lanes *)back->dq, call->channels, (float)call->scale, call->dq
             );
+        }
     }
 }
 

@@ -7,9 +7,10 @@
 /* Where lists come from: levels of all blocks of keys, indices of some blocks, or boxes. */
 enum { LEVELS = 0, BLOCKS = 1, BOXES = 2 };
 
-/* All tensors are contiguous; float32 unless said otherwise. Queries are scaled already. Rows are
- * keys at every resolution (pyramid.py): those of level 1, of level 2 ... one behind the other. With
- * `pools` they are the keys alone, without biases, and coarser ones are averaged as they are read. */
+/* All tensors are contiguous; float32 unless said otherwise. Scores are `scale` times products. Rows
+ * are keys at every resolution (pyramid.py): those of level 1, of level 2 ... one behind the other.
+ * With `pools` they are the keys alone, without biases, and coarser ones are averaged as they are
+ * read. */
 typedef struct {
     int64_t batch, heads, key_heads, queries, rows, keys, channels, value_channels;
     int64_t kind, plan_batch, plan_heads, lists, width; /* lists per head of the plan */
@@ -18,6 +19,7 @@ typedef struct {
     int64_t pools;
     int64_t bias_heads; /* 1 or key_heads */
     int64_t threads;
+    double scale;
     const float *q, *k, *v; /* [batch, head, query, channel], [batch, key head, row, channel] */
     const float *bias;      /* [batch, bias head, row], or NULL */
     const void *plan;       /* [plan batch, plan head, list, width]: int8 levels, int32 indices */

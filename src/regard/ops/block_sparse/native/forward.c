@@ -60,7 +60,7 @@ static void attend_end(Tile *tile, const Shape *shape) {
         const vector inverse = v_keep(some, 1.0f / tile->total[v]);
         for (int64_t c = 0; c < call->value_channels; c++) tile->out[c][v] *= inverse;
     }
-    tile_scatter(tile, (const lanes *)tile->out, call->value_channels, call->out);
+    tile_scatter(tile, (const lanes *)tile->out, call->value_channels, 1, call->out);
     const float *shift = (const float *)tile->shift, *total = (const float *)tile->total;
     for (int i = 0; i < tile->rows; i++) {
         if (tile->at[i] < 0) continue;

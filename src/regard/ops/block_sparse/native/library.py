@@ -27,13 +27,14 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in _OPERANDS),
         ("mask_width", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _RESULTS),
     ]
 
 
-def call_of(numbers: dict[str, int], tensors: dict[str, Tensor | None]) -> Call:
+def call_of(numbers: dict[str, int | float], tensors: dict[str, Tensor | None]) -> Call:
     """A call with contiguous tensors by pointer, which must live as long as it does."""
     pointers = {
         name: None if x is None or not x.numel() else x.data_ptr() for name, x in tensors.items()

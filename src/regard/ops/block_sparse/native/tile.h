@@ -31,7 +31,7 @@ typedef struct {
     int64_t place;           /* the first row's place in the block: where its masks begin */
     vector_mask low[REGARD_VECTORS], high[REGARD_VECTORS]; /* tokens inside: seen */
     int32_t least_low, most_low, least_high, most_high;
-    lanes *x;                /* [channels] q log2 e */
+    lanes *x;                /* [channels] q scale log2 e */
     lanes *out;              /* [value channels]; of a backward, the gradient of it */
     lanes shift, total;
 } Tile;
@@ -135,13 +135,13 @@ static inline void tile_gather(
 }
 
 static inline void tile_scatter(
-    const Tile *tile, const lanes *from, int64_t channels, float *to
+    const Tile *tile, const lanes *from, int64_t channels, float factor, float *to
 ) {
     const float *at = (const float *)from;
     for (int i = 0; i < tile->rows; i++) {
         if (tile->at[i] < 0) continue;
         float *row = to + tile->at[i] * channels;
-        for (int64_t c = 0; c < channels; c++) row[c] = at[c * LANES + i];
+        for (int64_t c = 0; c < channels; c++) row[c] = at[c * LANES + i] * factor;
     }
 }
 
@@ -173,7 +173,8 @@ static inline void tile_begin(Tile *tile, const Shape *shape, Job job, int64_t p
         tile->least_high = (int32_t)smaller(tile->least_high, high);
         tile->most_high = (int32_t)larger(tile->most_high, high);
     }
-    tile_gather(tile, call->q, call->channels, (float)REGARD_LOG2E, tile->x);
+    const float factor = (float)(REGARD_LOG2E * call->scale);
+    tile_gather(tile, call->q, call->channels, factor, tile->x);
 }
 
 /* A token of a row, where those behind the last key are the last key again. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 
 import torch
@@ -48,39 +49,53 @@ def of_plan(
 
 
 def forward(
-    op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: Lists
-) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp of q (scaled) against rows k, v, bias; None for a wrong plan."""
+    op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: Lists,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Output and log-sum-exp of q against rows k, v, bias; None for a wrong plan.
+
+    C scales: torch would divide it between its threads, which then spin for 17 ms beside ours.
+    """
     q, k, v = (x.contiguous() for x in (q, k, v))
     bias = None if bias is None else bias.contiguous()
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3])
     tensors = {"q": q, "k": k, "v": v, "bias": bias, "out": out, "lse": lse}
-    call = call_of(_numbers(q, k, v, bias, lists), lists.tensors | tensors)
+    call = call_of(_numbers(q, k, v, bias, lists, scale), lists.tensors | tensors)
     return None if run(op, "forward", call) == BAD_PLAN else (out, lse)
 
 
 def backward(
     op: str, d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    bias: Tensor | None, lists: Lists,
+    bias: Tensor | None, lists: Lists, scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias (no elements where there is none)."""
     given = {"d_out": d_out, "out": out, "lse": lse, "q": q, "k": k, "v": v, "bias": bias}
     tensors = {name: None if x is None else x.contiguous() for name, x in given.items()}
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
-    d_bias = q.new_zeros(0) if bias is None else q.new_zeros(k.shape[:3])
+    dq, dk, dv = (_zeros(x.shape) for x in (q, k, v))
+    d_bias = q.new_zeros(0) if bias is None else _zeros(k.shape[:3])
     tensors |= {"dq": dq, "dk": dk, "dv": dv, "d_bias": d_bias}
-    run(op, "backward", call_of(_numbers(q, k, v, bias, lists), lists.tensors | tensors))
+    numbers = _numbers(q, k, v, bias, lists, scale)
+    run(op, "backward", call_of(numbers, lists.tensors | tensors))
     if bias is not None and bias.shape[1] < k.shape[1]:
         d_bias = d_bias.sum(1, keepdim=True)
     return dq, dk, dv, d_bias
 
 
-def _numbers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: Lists) -> dict[str, int]:
+def _zeros(shape: torch.Size) -> Tensor:
+    """float32 zeros without torch's threads."""
+    made = torch.empty(shape, dtype=torch.float32)
+    ctypes.memset(made.data_ptr(), 0, made.nbytes)
+    return made
+
+
+def _numbers(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lists: Lists, scale: float
+) -> dict[str, int | float]:
     (B, H, T, D), (_, Hk, rows, Dv) = q.shape, v.shape
     work = B * H * lists.pairs * max(D, Dv)
     return lists.numbers | {
         "batch": B, "heads": H, "key_heads": max(Hk, 1), "queries": T, "rows": rows, "channels": D,
         "value_channels": Dv, "bias_heads": 0 if bias is None else bias.shape[1],
-        "threads": torch.get_num_threads() if work >= LEAST_WORK else 1,
+        "scale": scale, "threads": torch.get_num_threads() if work >= LEAST_WORK else 1,
     }  # fmt: skip

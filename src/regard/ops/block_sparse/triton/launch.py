@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.gpu import interpreting
-from regard.gpu.availability import precision
+from regard.gpu.availability import capability, precision
 from regard.gpu.operands import channels_last, padded
 from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.block_sparse.pyramid import POOLED
@@ -109,12 +109,14 @@ class Launcher:
     def config(self, kernel: str) -> Config:
         """The tiles of a kernel: no more queries than share a list."""
         rows = None if self.plan is None else padded(self.members * self.block_q)
-        found = config(kernel, max(self.DP, self.EP), self.half, rows, self.interpreted)
+        hopper = not self.q.is_cuda or capability(self.q.device) == "sm_90"
+        width = max(self.DP, self.EP)
+        found = config(kernel, width, self.half, rows, self.interpreted, hopper)
         if rows is None:
             return found._replace(queries=min(found.queries, padded(self.T)))
         if kernel == "keys":
             return found
-        if self.block_k >= 16 and found.keys % self.block_k == 0:  # no tile of two blocks
+        if self.block_k >= table.CUT and found.keys % self.block_k == 0:  # no tile of two blocks
             found = found._replace(keys=self.block_k)
         return found._replace(queries=min(found.queries, rows))
 

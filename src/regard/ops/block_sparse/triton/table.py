@@ -18,12 +18,17 @@ class Config(NamedTuple):
 # By kernel and width of a head, padded: 16-bit operands, then float32 ones, of which every
 # product is three.
 _HALF = {
-    ("forward", 64): Config(128, 64, 4, 3),
-    ("forward", 128): Config(128, 128, 8, 3),
+    ("forward", 64): Config(64, 64, 4, 3),
+    ("forward", 128): Config(64, 64, 4, 3),
     ("queries", 64): Config(64, 64, 4, 3),
     ("queries", 128): Config(64, 64, 4, 2),
     ("keys", 64): Config(64, 64, 4, 3),
     ("keys", 128): Config(32, 64, 4, 2),
+}
+# What an H100 has registers and shared memory for, and others have not.
+_HOPPER = {
+    ("forward", 64): Config(128, 64, 4, 3),
+    ("forward", 128): Config(128, 128, 8, 3),
 }
 # Where no more than 64 rows share a list.
 _FEW_ROWS = {
@@ -57,7 +62,7 @@ PARTS = 16  # at most
 
 
 def config(
-    kernel: str, width: int, half: bool, rows: int | None, interpreted: bool = False
+    kernel: str, width: int, half: bool, rows: int | None, interpreted: bool, hopper: bool
 ) -> Config:
     """The configuration of a kernel for heads of that width, padded.
 
@@ -68,7 +73,8 @@ def config(
     key = kernel, max(width, 64)
     if not half:
         return _SINGLE[key]
-    special = _RANGES if rows is None else _FEW_ROWS if rows <= 64 else _HALF
+    large = _HOPPER if hopper else _HALF
+    special = _RANGES if rows is None else _FEW_ROWS if rows <= 64 else large
     return special.get(key, _HALF[key])
 
 
