@@ -37,7 +37,7 @@ def test_devices(known: dict) -> None:
 
 
 def test_extras_are_those_of_the_package(known: dict) -> None:
-    assert {"hf", "diffusion", "timm", "plot", "sklearn", "triton"} == set(known["extras"])
+    assert {"hf", "lens", "diffusion", "timm", "plot", "sklearn", "triton"} == set(known["extras"])
     assert "dev" not in known["extras"]
 
 
