@@ -332,6 +332,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the file of results, brought up to date")
     given = parser.parse_args()
     known = {part.__name__: part for part in PARTS}
+    if unknown := sorted(set(given.names) - set(known)):
+        parser.error(f"no part is called {', '.join(unknown)}: there are {', '.join(known)}")
     torch.set_num_threads(1)
     kept = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     kept["conditions"] = {
