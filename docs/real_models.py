@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from regard.bench.report.words import markdown_table
+
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 NOT_YET = "*Not measured yet in this version.*\n"
 SALIENCIES = {
@@ -36,11 +38,6 @@ def filled(markdown: str) -> str:
     return markdown
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def _two(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -57,7 +54,7 @@ def speech(found: dict[str, Any]) -> str:
         for s in found["sentences"]
     ]  # fmt: skip
     at = told["alignment"]
-    parts = [_table(heads, rows)]
+    parts = [markdown_table(heads, rows)]
     parts.append(
         f"**Word times** of the published alignment heads: {at['matched']} of {at['words']} words "
         "were heard right. Their starts are "
@@ -82,7 +79,7 @@ def speech(found: dict[str, Any]) -> str:
         f"**Correlation** (Pearson, over all tokens of a sentence, mean of the sentences); "
         f"{found['runs']} runs with hidden input, {4 * found['runs']} with hidden encoder output:\n"
     )
-    parts.append(_table(heads, rows))
+    parts.append(markdown_table(heads, rows))
     pooled = [s["input_zero"]["mean_pooling"] for s in found["sentences"]]
     parts.append(
         f"Pooled by the mean instead of the maximum, {SALIENCIES['input_zero']}: "
@@ -101,7 +98,7 @@ def sentences(found: dict[str, Any]) -> str:
     """Where attention goes, and similarity under calibration."""
     share = found["tokens"]
     rows = [[kind, *map(_two, values)] for kind, values in share.items()]
-    parts = [_table(["attention received", *(f"layer {i}" for i in range(6))], rows)]
+    parts = [markdown_table(["attention received", *(f"layer {i}" for i in range(6))], rows)]
     channels = " and ".join(map(str, found["dimensions"])) or "none"
     sizes = found["largest"]
     parts.append(
@@ -112,7 +109,7 @@ def sentences(found: dict[str, Any]) -> str:
     rows = [[beta, *(_two(told[name]) for name in names)] for beta, told in found["curve"].items()]
     heads = ["beta", "same meaning", "other", "margin", "ROC area", "partner first"]
     parts.append("All sinks of all heads, calibrated:\n")
-    parts.append(_table(heads, rows))
+    parts.append(markdown_table(heads, rows))
     rows = []
     for name, told in found["held_out"].items():
         count = sum(map(len, told["heads"].values()))
@@ -125,7 +122,7 @@ def sentences(found: dict[str, Any]) -> str:
     parts.append(
         "Only heads whose calibration alone (beta 0.4) widens the margin on half the pairs:\n"
     )
-    parts.append(_table(heads, rows))
+    parts.append(markdown_table(heads, rows))
     return "\n".join(parts)
 
 
@@ -159,8 +156,8 @@ def copying(found: dict[str, Any]) -> str:
             f"Correlation (Pearson), mean and range of {len(models)} models that write {right:.1f} "
             f"% of the sounds right, {found['sequences']} sequences each, {found['runs']} runs "
             "with hidden parts:\n",
-            _table(heads, rows),
+            markdown_table(heads, rows),
             "Share of a token's mass (of a saliency: above its median) on frames of its sound:\n",
-            _table(["map", "on its sound"], shares),
+            markdown_table(["map", "on its sound"], shares),
         )
     )

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from regard.bench.report.words import markdown_table
+
 RESULT = Path(__file__).parent.parent / "benchmarks/results/vit_importance.json"
 
 
@@ -25,11 +27,6 @@ def filled(markdown: str) -> str:
         if placeholder in markdown:
             markdown = markdown.replace(placeholder, make(json.loads(RESULT.read_text())))
     return markdown
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def curves(found: dict[str, Any]) -> str:
@@ -50,7 +47,7 @@ def curves(found: dict[str, Any]) -> str:
     harmful = sum(end < 0 for row in high for end in row)
     return (
         f"Accuracy in percent on {found['curve_images']} of the {found['images']} images:\n\n"
-        + _table(heads, rows)
+        + markdown_table(heads, rows)
         + f"\nOf {sum(map(len, low))} heads, taken out alone, {clear} raise the loss by more than "
         "chance (the 95 % bootstrap interval over images lies above 0) and "
         f"{harmful} lower it (below 0). Metrics agree within families and less across them: "
@@ -77,7 +74,7 @@ def speed(found: dict[str, Any]) -> str:
         ]
         for name, told in found["speed"].items()
     ]
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def layers(found: dict[str, Any]) -> str:
@@ -92,7 +89,7 @@ def layers(found: dict[str, Any]) -> str:
         ]
         for number in range(len(profile["mean_distance"]))
     ]
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def patterns(found: dict[str, Any]) -> str:
@@ -113,7 +110,7 @@ def patterns(found: dict[str, Any]) -> str:
     whole = sum(value == 1 for value in purity)
     linear = told["pca_error"] < told["held_out_error"]
     return (
-        _table(["cluster", "its medoid resembles", "cosine", "share of maps, %"], rows)
+        markdown_table(["cluster", "its medoid resembles", "cosine", "share of maps, %"], rows)
         + f"\n{whole} of {len(purity)} heads have the same pattern on all {told['images']} images. "
         f"The silhouette of the clusters is {told['silhouette']:.2f}: patterns are more of a "
         "continuum than kinds. The mean squared error on maps that were held out is "

@@ -21,6 +21,18 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}" if "e" in text else f"{float(text):#.{digits}g}".rstrip(".")
 
 
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, a line for each row.
+
+    >>> print(markdown_table(["a", "b"], [["1", "2"]]), end="")
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
 def size(count: int | None) -> str:
     """Bytes in MiB."""
     return "-" if count is None else f"{count / 2**20:.1f}"
