@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_models as tiny
+from regard.lens import reductions
 from regard.lens.reductions import Reduce
-from regard.lens.tap import Attention, tap
+from regard.lens.tap import Attention, Edit, tap
+from tensor_sizes import Largest
 
 IDS = torch.tensor([[0, 0, 0, 11, 28, 10, 17, 14, 26], [9, 5, 33, 41, 12, 50, 7, 8, 60]])
 REAL = (IDS != 0).long()
@@ -44,6 +45,27 @@ def test_sums_of_a_padded_batch(block: int, implementation: str) -> None:
         assert torch.allclose(part.profile.double(), torch.stack(profile, 1), atol=1e-5)
         assert torch.allclose(part.top_weights[1], weights[1].topk(3).values, atol=1e-6)
         assert part.top.shape == (2, 4, 9, 3)
+
+
+@pytest.mark.parametrize("weights", [1, 4 * 9 * 9, 2 * 4 * 9 * 9])  # up to the whole batch
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_the_batch_in_parts(
+    weights: int, edited: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reductions, "WEIGHTS", weights)
+    model = tiny.decoder("Llama", implementation)
+    blunt = Edit(pre=lambda scores, _: scores / 2, heads=[1], queries=slice(3, None))
+    parts, whole = (Reduce(top=3, distance=True, rollout=[-1], block=b) for b in (None, 64))
+    edit = tap(model, edit=blunt) if edited else nullcontext()
+    with edit, tap(model, read=parts), tap(model, read=whole):
+        model(IDS, attention_mask=REAL)
+    for a, b in zip(parts.result(), whole.result(), strict=True):
+        for name in ("entropy", "received", "top_weights", "distance", "profile"):
+            assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-6)
+        assert a.queries == b.queries
+    assert torch.allclose(parts.rollout(), whole.rollout(), atol=1e-6)
 
 
 @torch.no_grad()
@@ -93,23 +115,6 @@ def test_rollout_is_a_row_of_the_product() -> None:
         summary.rollout()
     with pytest.raises(ValueError, match="was not asked for"):
         Reduce().rollout()
-
-
-class Largest(TorchDispatchMode):
-    """The most memory that one result took (views take none), in float32 numbers."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for part in result if isinstance(result, tuple | list) else (result,):
-            if not isinstance(part, torch.Tensor):
-                continue
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in given:
-                self.numbers = max(self.numbers, storage.nbytes() // 4)
-        return result
 
 
 @pytest.mark.parametrize("padded", [False, True])

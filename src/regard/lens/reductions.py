@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.core.accumulate import add_rows
-from regard.lens.taps.call import Attention, Kind, blocks_of
+from regard.lens.largest import largest
+from regard.lens.taps.call import MASK_BLOCK, Attention, Kind, blocks_of
 
 WEIGHTS, LEAST_ROWS = 1 << 18, 16  # of a block, where nobody says how many rows
 BINS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -126,38 +127,52 @@ class Reduce:
         values = sums.values
         B, H, T, _ = attention.q.shape
         S = attention.k.shape[2]
-        padded = attention.mask is not None
+        padded, device = attention.mask is not None, attention.q.device
         real = attention.query_mask if padded else None
         sums.queries += B * T if real is None else int(real.sum())
-        got = torch.zeros(B, H, S, device=attention.q.device) if self.received else None
+        got = torch.zeros(B, H, S, device=device) if self.received else None
         shares = None  # of weight by key - query, from -T on
         if self.distance and attention.kind == "self":
-            shares = torch.zeros(H, T + S, device=attention.q.device)
-        tops, path = [], self._path_through(key, attention)
-        block = self.block or max(LEAST_ROWS, WEIGHTS // max(B * H * S, 1) // 8 * 8)
-        for rows, weights, scores in attention.open_blocks(block):
-            weights = weights.float()
+            shares = torch.zeros(H, T + S, device=device)
+        path = self._path_through(key, attention)
+        if self.top:
+            heaviest = torch.empty(B, H, T, min(self.top, S), device=device)
+            places = torch.empty_like(heaviest, dtype=torch.int32)
+            values |= {"top": places, "top_weights": heaviest}
+        for some, rows, weights, scores in self._blocks(attention):
+            weights, queries = weights.float(), slice(rows.start, rows.stop)
             if real is not None:
-                weights = weights * real[:, None, rows.start : rows.stop, None]
+                weights = weights * real[some, None, queries, None]
             if self.entropy:
                 _add(values, "entropy", _entropies(weights, scores).sum(0))
             if got is not None:
-                got += weights.sum(2)
+                got[some] += weights.sum(2)
             if shares is not None:
-                left = T - rows.stop
-                shares[:, left : left + len(rows) + S] += _by_distance(weights.sum(0))
+                left, over = T - rows.stop, weights[0] if len(weights) == 1 else weights.sum(0)
+                shares[:, left : left + len(rows) + S] += _by_distance(over)
             if self.top:
-                tops.append(weights.topk(min(self.top, S), -1))
+                found = largest(weights, heaviest.shape[-1])
+                heaviest[some, :, queries], places[some, :, queries] = found
             if path is not None:
-                path.add(rows, weights.mean(1), self.residual)
+                path.map[some, queries] = weights.mean(1)
         if shares is not None:
             self._distances(values, shares, attention)
         if got is not None:
             _grow(values, "received", got)
-            _grow(values, "seen", _seers(attention, real, block))
-        if tops:
-            values["top"] = torch.cat([part.indices for part in tops], 2)
-            values["top_weights"] = torch.cat([part.values for part in tops], 2)
+            _grow(values, "seen", _seers(attention, real))
+
+    def _blocks(self, attention: Attention) -> Iterator[tuple[slice, range, Tensor, Tensor | None]]:
+        """(elements of the batch, rows, their weights, their scores), as much as suits a cache."""
+        B, H, T, _ = attention.q.shape
+        S = attention.k.shape[2]
+        together = max(1, WEIGHTS // max(H * T * S, 1))
+        if self.block or attention.changed is not None:  # edits are for the whole batch
+            together = B
+        for part in blocks_of(B, together):
+            block = max(LEAST_ROWS, WEIGHTS // max(len(part) * H * S, 1) // 8 * 8)
+            call = attention if len(part) == B else attention.of_batch(part)
+            for rows, weights, scores in call.open_blocks(self.block or block):
+                yield slice(part.start, part.stop), rows, weights, scores
 
     def _distances(self, values: dict[str, Tensor], shares: Tensor, attention: Attention) -> None:
         T, S = attention.q.shape[2], attention.k.shape[2]
@@ -177,7 +192,7 @@ class Reduce:
         path = self._path
         if path is None or key in path.layers:
             path = self._path = _Path(attention)
-        path.next_layer(key, attention)
+        path.next_layer(key, attention, self.residual)
         return path if path.trouble is None else None
 
     # -- results -----------------------------------------------------------------------------
@@ -193,7 +208,8 @@ class Reduce:
                     setattr(summary, name, values[name] / n)
             if "received" in values:
                 summary.received = values["received"] / values["seen"].clamp_min(1)
-            summary.top, summary.top_weights = values.get("top"), values.get("top_weights")
+            if "top" in values:
+                summary.top, summary.top_weights = values["top"].long(), values["top_weights"]
             found.append(summary)
         return found
 
@@ -210,39 +226,51 @@ class Reduce:
             raise ValueError("Reduce: rollout: no attention was seen")
         if path.trouble is not None:
             raise ValueError(f"Reduce: rollout: {path.trouble}")
-        T = path.product.shape[1]
+        T = path.map.shape[1]
         if wrong := [i for i in self.rollout_from if not -T <= i < T]:
             raise ValueError(f"Reduce: rollout: queries {wrong}: there are {T}")
-        return path.product[:, [i % T for i in self.rollout_from]]
+        return path.through(self.residual, [i % T for i in self.rollout_from])
 
 
 class _Path:
-    """The product of the maps of the layers so far, over the mean of their heads."""
+    """The product of the maps of the layers so far, over the mean of their heads.
+
+    A layer's map is multiplied in when the next one comes: then all of it at once, and of the
+    last one only the rows that are wanted.
+    """
 
     def __init__(self, attention: Attention) -> None:
         B, _, T, _ = attention.q.shape
         self.layers: list[str] = []
         self.trouble: str | None = None
-        self.product = torch.eye(T, device=attention.q.device).expand(B, T, T)
-        self._before = self.product
+        self.map = torch.empty(B, T, T, device=attention.q.device)  # of the layer at hand
+        self.before: Tensor | None = None  # the product of the layers before it
 
-    def next_layer(self, key: str, attention: Attention) -> None:
+    def next_layer(self, key: str, attention: Attention, keep: float) -> None:
+        """Make room for another layer's map."""
         B, _, T, _ = attention.q.shape
-        if (B, T, attention.k.shape[2]) != (*self.product.shape[:2], self.product.shape[1]):
+        if (B, T, attention.k.shape[2]) != (*self.map.shape[:2], self.map.shape[1]):
             self.trouble = "needs square maps of one size; choose one tower"
             return
+        if self.layers:
+            first = self.before is None
+            self.before = self.through(keep)
+            if first:  # this is the map itself
+                self.map = torch.empty_like(self.map)
         self.layers.append(key)
-        self._before, self.product = (
-            self.product,
-            torch.empty_like(self.product, memory_format=torch.contiguous_format),
-        )
 
-    def add(self, rows: range, weights: Tensor, keep: float) -> None:
-        part = self._before[:, rows.start : rows.stop]
-        whole = torch.baddbmm(part, weights, self._before, beta=keep, alpha=1 - keep)
-        self.product[:, rows.start : rows.stop] = whole
-        if rows.stop == self.product.shape[1]:
-            self._before = self.product
+    def through(self, keep: float, rows: list[int] | None = None) -> Float[Tensor, "b n s"]:
+        """Rows of the product, the layer at hand included; None: all."""
+        whole = self.map if rows is None else self.map[:, rows]
+        if self.before is not None:
+            past = self.before if rows is None else self.before[:, rows]
+            return torch.baddbmm(past, whole, self.before, beta=keep, alpha=1 - keep)
+        whole = whole.mul_(1 - keep)
+        if rows is None:
+            whole.diagonal(dim1=1, dim2=2).add_(keep)
+        else:
+            whole[:, range(len(rows)), rows] += keep
+        return whole
 
 
 def _entropies(
@@ -284,7 +312,7 @@ def _grow(values: dict[str, Tensor], name: str, part: Tensor) -> None:
     values[name] = part
 
 
-def _seers(attention: Attention, real: Tensor | None, block: int) -> Float[Tensor, "b 1 s"]:
+def _seers(attention: Attention, real: Tensor | None) -> Float[Tensor, "b 1 s"]:
     """How many real queries see a key."""
     B, _, T, _ = attention.q.shape
     S, device = attention.k.shape[2], attention.q.device
@@ -293,7 +321,7 @@ def _seers(attention: Attention, real: Tensor | None, block: int) -> Float[Tenso
         first = torch.arange(S, device=device) - (attention.diagonal or 0)  # to see the key
         counts = T - first.clamp(0, T) if attention.diagonal is not None else T
         return seen + counts
-    for rows in blocks_of(T, block):
+    for rows in blocks_of(T, MASK_BLOCK):
         visible = attention.visible_of(rows)[:, :1] & real[:, None, rows.start : rows.stop, None]
         seen += visible.sum(2)
     return seen

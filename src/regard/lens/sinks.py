@@ -60,18 +60,56 @@ def find_sinks(
 
     Source: ACT, https://arxiv.org/abs/2406.15765 (theta 0.1 in its code, alpha 5 in its text).
     """
+    means = column_means(weights, visible=visible)
+    keys: Any = None
+    if visible is not None and alpha is not None:
+        keys = visible.expand(weights.shape).any(-2).sum(-1, keepdim=True)
+    return _heavy(means, keys, theta, alpha)
+
+
+def _heavy(
+    means: Tensor, keys: Tensor | None, theta: float | None, alpha: float | None
+) -> Bool[Tensor, "... S"]:
+    """Column means above a bound; of `keys` keys, where those are not all."""
     if (theta is None) == (alpha is None):
         raise reject("find_sinks", "theta, alpha", "one number and one None", (theta, alpha))
-    means = column_means(weights, visible=visible)
     if alpha is not None:
         check_number("find_sinks", "alpha", alpha, above=0.0)
-        if visible is None:
-            return means > alpha / means.shape[-1]
-        keys = visible.expand(weights.shape).any(-2).sum(-1, keepdim=True)
-        return means > alpha / keys.clamp(min=1)
+        return means > alpha / (means.shape[-1] if keys is None else keys.clamp(min=1))
     assert theta is not None  # one of the two is given
     check_number("find_sinks", "theta", theta, least=0.0)
     return means > theta
+
+
+class Columns:
+    """Column sums of weights that come block after block of queries, for `find_sinks`.
+
+    >>> causal, columns = torch.tensor([[1.0, 0.0], [0.6, 0.4]]), Columns()
+    >>> for row in (0, 1):
+    ...     columns.add(causal[row : row + 1], torch.tensor([[True, row == 1]]))
+    >>> columns.sinks(theta=0.5).tolist()
+    [True, False]
+    """
+
+    total: Tensor | None = None
+    seen: Tensor | None = None
+
+    def add(self, weights: Float[Tensor, "... t S"], visible: Bool[Tensor, "... t S"]) -> None:
+        """Some queries more; `visible` may leave axes of the weights out."""
+        dtype = torch.promote_types(weights.dtype, torch.float32)
+        total = torch.where(visible, weights, 0.0).sum(-2, dtype=dtype)
+        seen = visible.sum(-2)
+        self.total = total if self.total is None else self.total + total
+        self.seen = seen if self.seen is None else self.seen + seen
+
+    def sinks(
+        self, *, theta: float | None = 0.1, alpha: float | None = None
+    ) -> Bool[Tensor, "... S"]:
+        """As `find_sinks` of all of them at once."""
+        if self.total is None or self.seen is None:
+            raise ValueError("Columns: no weights were added")
+        keys = (self.seen > 0).sum(-1, keepdim=True)
+        return _heavy(self.total / self.seen.clamp(min=1), keys, theta, alpha)
 
 
 def massive_activations(

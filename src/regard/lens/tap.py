@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,17 +11,8 @@ from torch import nn
 
 from regard.lens.taps import functional, mixers, transformers
 from regard.lens.taps.call import Attention
-from regard.lens.taps.station import (
-    LOCK,
-    STATIONS,
-    Edit,
-    Heads,
-    Listener,
-    Point,
-    Reader,
-    Station,
-    check_heads,
-)
+from regard.lens.taps.edits import Edit, Heads, check_heads
+from regard.lens.taps.station import LOCK, STATIONS, Listener, Point, Reader, Station
 
 __all__ = ["Attention", "Edit", "Point", "points", "tap"]
 
@@ -112,7 +104,7 @@ class tap:  # noqa: N801 (a context manager, used as a function)
         if heads is not None and edit is None:
             raise ValueError("tap: heads are for an edit; a reader takes those it wants")
         if heads is not None and edit is not None:
-            edit = Edit(edit.pre, edit.post, edit.output, heads, edit.queries)
+            edit = replace(edit, heads=heads)
         if edit is not None and isinstance(edit.heads, Mapping) and layers is None:
             layers = [layer for layer, chosen in edit.heads.items() if len(chosen)]
         wanted = None if layers is None else {layers} if isinstance(layers, int) else set(layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from regard.lens.sinks import Columns
 from regard.lens.sinks import find_sinks as heavy_keys
 from regard.lens.tap import Attention, Edit, points, tap
 from regard.steer.context import Steering, for_keys
@@ -47,7 +48,11 @@ def find_sinks(
     if alpha is not None:
         theta = None
     sinks = heavy_keys(weights, theta=theta, alpha=alpha, visible=visible)
-    return sinks & (sinks.cumsum(-1) > 1) if spare_first else sinks
+    return _without_first(sinks) if spare_first else sinks
+
+
+def _without_first(sinks: Bool[Tensor, "*b s"]) -> Bool[Tensor, "*b s"]:
+    return sinks & (sinks.cumsum(-1) > 1)
 
 
 def calibrate(
@@ -120,7 +125,7 @@ def _as_released(weights: Tensor, beta: float, theta: float) -> Tensor:
     first = weights[:1]
     means = first.sum(-2) / torch.arange(T, 0, -1, device=weights.device)
     sinks = means > theta
-    new = calibrate(first, sinks & (sinks.cumsum(-1) > 1), beta)
+    new = calibrate(first, _without_first(sinks), beta)
     new[..., 0, 0] = 1
     return torch.cat([new, weights[1:]])
 
@@ -171,7 +176,8 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
     Attributes:
         sinks: of the prompt, by layer and module: bool [B, heads, S].
 
-    Cost: one explicit softmax of the chosen heads, O(T S) memory each; other heads run as before
+    Cost: explicit weights of the chosen heads, twice at a prompt of more than one block, in blocks
+    of queries: O(block S) memory; the released code's way needs O(T S). Other heads run as before
     (a fused kernel computes the layer's output in any case).
     Raises: ValueError for heads or layers that are not there, or beta outside [0, 1].
     """
@@ -197,7 +203,8 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
         check_compat("act_calibration", compat, theta, alpha, spare_first)
         self.compat, self.prompt = compat, prompt
         self.beta, self.theta, self.alpha, self.spare_first = beta, theta, alpha, spare_first
-        edit = Edit(post=self._calibrate, heads=heads)
+        survey, by_rows = (None, False) if compat else (self._look, True)
+        edit = Edit(post=self._calibrate, heads=heads, survey=survey, by_rows=by_rows)
         self._tap = tap(model, edit=edit, layers=layers, kind="self", where=where)
         self.sinks: dict[str, Tensor] = {}
 
@@ -209,32 +216,51 @@ class act_calibration(Steering):  # noqa: N801 (a context manager, used as a fun
         """Forget the sinks of the last prompt."""
         self.sinks = {}
 
-    def _calibrate(self, weights: Tensor, attention: Attention) -> Tensor | None:
+    def _look(self, blocks: Iterator[tuple[range, Tensor]], attention: Attention) -> None:
         if self.beta == 1:
-            return None
-        if self.compat == "official":
-            return _as_released(weights, self.beta, self.theta or 0.0)
-        key = f"{attention.name}#{attention.layer}"
+            return
+        key = _key(attention)
         if attention.offset == 0:
             options = {"theta": self.theta, "alpha": self.alpha, "spare_first": self.spare_first}
-            self.sinks[key] = _sinks_of_prompt(weights, attention, self.prompt, **options)
+            self.sinks[key] = _sinks_of_prompt(blocks, attention, self.prompt, **options)
         elif key not in self.sinks:
             raise ValueError(
                 f"act_calibration: {attention.name} goes on from a cache whose prompt was run "
                 "outside; run the prompt inside the context too"
             )
-        return calibrate(weights, for_keys(self.sinks[key], attention), self.beta)
+
+    def _calibrate(self, weights: Tensor, attention: Attention) -> Tensor | None:
+        if self.beta == 1:
+            return None
+        if self.compat == "official":
+            return _as_released(weights, self.beta, self.theta or 0.0)
+        return calibrate(weights, for_keys(self.sinks[_key(attention)], attention), self.beta)
+
+
+def _key(attention: Attention) -> str:
+    return f"{attention.name}#{attention.layer}"
 
 
 def _sinks_of_prompt(
-    weights: Tensor, attention: Attention, prompt: int | None = None, **options: Any
+    blocks: Iterable[tuple[range, Tensor]],
+    attention: Attention,
+    prompt: int | None = None,
+    *,
+    spare_first: bool,
+    **options: Any,
 ) -> Tensor:
-    """`find_sinks` among real keys, by real queries."""
-    visible = attention.visible & attention.query_mask[:, None, :, None]
-    if visible.shape[1] > 1:
-        visible = visible[:, attention.heads]
-    weights, visible = weights[..., :prompt, :prompt], visible[..., :prompt, :prompt]
-    return find_sinks(weights, visible=visible, **options)
+    """`find_sinks` among real keys, by real queries; the weights come block after block."""
+    columns, real = Columns(), attention.query_mask
+    for rows, weights in blocks:
+        rows = rows[: None if prompt is None else max(prompt - rows.start, 0)]
+        if not rows:
+            break
+        visible = attention.visible_of(rows) & real[:, None, rows.start : rows.stop, None]
+        if visible.shape[1] > 1:
+            visible = visible[:, attention.heads]
+        columns.add(weights[..., : len(rows), :prompt], visible[..., :prompt])
+    sinks = columns.sinks(**options)
+    return _without_first(sinks) if spare_first else sinks
 
 
 @dataclass(frozen=True)
@@ -336,11 +362,12 @@ def head_slopes(
     """
     there = _layers("head_slopes", model, layers, where)
     amounts: dict[int, Tensor] = {}
+    options: Any = {"theta": theta, "alpha": alpha, "spare_first": spare_first}
 
     def lean(output: Tensor, attention: Attention) -> Tensor:
         weights = attention.weights_of(attention.heads, attention.rows)
-        options = {"theta": theta, "alpha": alpha, "spare_first": spare_first}
-        sinks = _sinks_of_prompt(weights.detach(), attention, None, **options).unsqueeze(-2)
+        found = _sinks_of_prompt([(attention.rows, weights.detach())], attention, **options)
+        sinks = found.unsqueeze(-2)
         s = (weights * sinks).sum(-1, keepdim=True)
         part = attention.mix(weights * sinks, attention.heads)
         # d o' / d(1 - beta) at beta = 1, as in `calibrate_output`; nothing where only sinks are.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from regard.lens.sinks import find_sinks as heavy_keys
+from regard.lens.sinks import Columns
 from regard.lens.sinks import sink_dimensions as massive_dimensions
 from regard.lens.tap import Attention, Edit, points, tap
 from regard.steer.context import Steering, for_keys, watching
@@ -169,6 +169,8 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
             run with it, as in generation without a cache. None: all of them.
         alpha: see `dims`.
 
+    Cost: explicit weights of all heads of these layers, in blocks of queries (twice with sinks told
+    by attention): O(block S) memory.
     Raises: ValueError for values out of range, no image token, or layers that are not there.
     """
 
@@ -220,7 +222,7 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
             raise ValueError(
                 f"visual_attention_redistribution: skip_layers {sorted(skipped)}: no layer is left"
             )
-        edit = Edit(post=self._redistribute)
+        edit = Edit(post=self._redistribute, survey=self._look, by_rows=True)
         self._tap = tap(
             model, edit=edit, layers=layers or None, kind="self", where=_text(model, where)
         )
@@ -248,20 +250,26 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
         finally:
             self._finding = False
 
-    def _redistribute(self, weights: Tensor, attention: Attention) -> Tensor | None:
+    def _look(self, blocks: Iterator[tuple[range, Tensor]], attention: Attention) -> None:
         if self.keep == 1 or self.dims is None:
-            return None
-        B, T = weights.shape[0], weights.shape[2]
-        name = "visual_attention_redistribution"
+            return
+        B, _, T, _ = attention.q.shape
         if attention.offset == 0:
             real = attention.query_mask
             self._image = self.places.prompt(T, B) & real
-            sinks = self._sinks(weights, attention, real)
+            sinks = self._sinks(blocks, attention, real)
             if self.prompt is not None:
                 sinks[:, self.prompt :] = False
             self.sinks[attention.layer] = sinks
         elif attention.layer not in self.sinks or self._image is None:
-            raise ValueError(f"{name}: a cache whose prompt was run outside; run it inside too")
+            raise ValueError(
+                "visual_attention_redistribution: a cache whose prompt was run outside; "
+                "run it inside too"
+            )
+
+    def _redistribute(self, weights: Tensor, attention: Attention) -> Tensor | None:
+        if self.keep == 1 or self.dims is None or self._image is None:
+            return None
         image = for_keys(self._image, attention)
         sinks = for_keys(self.sinks[attention.layer], attention)
         if not bool((sinks & image).any()):
@@ -269,15 +277,22 @@ class visual_attention_redistribution(Steering):  # noqa: N801 (a context manage
         selected = image_centric_heads(weights, sinks, image, self.rho, self.min_mass)
         if attention.offset == 0:
             later = self._image.flip(1).cumsum(1).flip(1)  # image tokens here and later
-            selected = selected & (later == 0)[:, None, :]
+            rows = attention.rows
+            selected = selected & (later == 0)[:, None, rows.start : rows.stop]
         return redistribute(weights, sinks, image, selected, self.keep)
 
-    def _sinks(self, weights: Tensor, attention: Attention, real: Tensor) -> Tensor:
+    def _sinks(
+        self, blocks: Iterator[tuple[range, Tensor]], attention: Attention, real: Tensor
+    ) -> Tensor:
         if not self.dims:
-            visible = (attention.visible & real[:, None, :, None])[:, 0]
-            means = weights.mean(1)[..., : self.prompt, : self.prompt]
-            visible = visible[..., : self.prompt, : self.prompt]
-            heavy = heavy_keys(means, theta=None, alpha=self.alpha, visible=visible)
+            columns, last = Columns(), self.prompt
+            for rows, weights in blocks:
+                rows = rows[: None if last is None else max(last - rows.start, 0)]
+                if not rows:
+                    break
+                visible = attention.visible_of(rows) & real[:, None, rows.start : rows.stop, None]
+                columns.add(weights.mean(1)[:, : len(rows), :last], visible[:, 0, :, :last])
+            heavy = columns.sinks(theta=None, alpha=self.alpha)
             return torch.nn.functional.pad(heavy, (0, real.shape[1] - heavy.shape[1])) & real
         if attention.hidden is None:
             raise ValueError(

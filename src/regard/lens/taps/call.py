@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -74,8 +74,8 @@ class Attention:
     # What the model formed itself: weights [B, H, T, S], and scores where nothing else tells.
     given: Tensor | None = None
     formed: Tensor | None = None
-    # The heads and rows that an edit has changed, and their weights.
-    changed: tuple[list[int], range, Tensor] | None = None
+    # The heads and rows that edits have changed, and a function from rows to their weights.
+    changed: tuple[list[int], range, Callable[[range], Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.heads = list(range(self.q.shape[1]))
@@ -213,7 +213,7 @@ class Attention:
             weights = self.weigh(self.scores_of(chosen, rows, keys), chosen)
         if self.changed is None:
             return weights
-        edited, changed_rows, values = self.changed
+        edited, changed_rows, weights_now = self.changed
         both = [head for head in chosen if head in edited]
         first, last = max(rows.start, changed_rows.start), min(rows.stop, changed_rows.stop)
         if not both or first >= last:
@@ -221,7 +221,7 @@ class Attention:
         weights = weights.clone()
         place = [chosen.index(head) for head in both]
         source = [edited.index(head) for head in both]
-        part = values[:, source, first - changed_rows.start : last - changed_rows.start]
+        part = weights_now(range(first, last))[:, source]
         weights[:, place, first - rows.start : last - rows.start] = part
         return weights
 
@@ -250,6 +250,20 @@ class Attention:
         for rows in blocks_of(self.q.shape[2], size):
             scores = self.scores_of(heads, rows, keys)
             yield rows, self.weigh(scores, heads), scores
+
+    def of_batch(self, chosen: range) -> Attention:
+        """The same call for some elements of the batch."""
+        changed = None
+        if self.changed is not None:
+            heads, rows, weights_now = self.changed
+            changed = heads, rows, lambda rows: part(weights_now(rows))
+
+        def part(x: Any) -> Any:
+            everyone = not isinstance(x, Tensor) or len(x) == 1
+            return x if everyone else x[chosen.start : chosen.stop]
+
+        names = ("q", "k", "v", "output", "mask", "bias", "hidden", "given", "formed")
+        return replace(self, changed=changed, **{name: part(getattr(self, name)) for name in names})
 
     @property
     def _is_formed_here(self) -> bool:
