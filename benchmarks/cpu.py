@@ -1,10 +1,11 @@
 """Local linear attention on this processor: is it right, how long does it take.
 
-Run: python benchmarks/cpu.py [--quick] [--only eager] [--fuzz 1000] [--out FILE]
-(about fifteen minutes; --quick a minute). Nothing else should run meanwhile: rows during which
-the machine was not quiet are marked and decide nothing. Writes results/cpu_KIND.json, KIND being
-the best instruction set of torch here. The exit code is 1 if any result is wrong; a target of
-speed that is missed is reported only.
+Run: python benchmarks/cpu.py [--quick] [--only eager] [--parts threads] [--fuzz 1000] [--out FILE]
+(about fifteen minutes; --quick a minute, --parts threads two at most per form). Nothing else should
+run meanwhile: rows during which the machine was not quiet are marked and decide nothing. Writes
+results/cpu_KIND.json, KIND being the best instruction set of torch here; the threads alone go to
+results/threads_KIND.json. The exit code is 1 if any result is wrong; a target of speed that is
+missed is reported only.
 
 One thread, processor time, the least of at least five interleaved runs, beside torch's own
 attention in the same process; a matrix product before and after every row tells whether the
@@ -26,10 +27,12 @@ from regard import native
 from regard.bench.kernels import cpu
 from regard.bench.kernels.measure import Bench
 from regard.bench.kernels.result import Result, as_text, facts
+from regard.bench.kernels.rows import Left
 from regard.bench.kernels.threads import scaling
 
 RESULTS = Path(__file__).parent / "results"
 IMPLS = ("eager", "native")
+PARTS = ("checks", "times", "threads")
 
 
 def peak(isa: str | None = None) -> float:
@@ -40,6 +43,7 @@ def peak(isa: str | None = None) -> float:
 def measure(options: argparse.Namespace, save: Path | None) -> Result:
     """Everything; `save` is written after every row."""
     impls = [impl for impl in IMPLS if options.only in (None, impl)]
+    parts = options.parts or (PARTS[:2] if options.quick else PARTS)
     sets = native.instruction_sets()
     result = Result("cpu", facts("cpu"))
     begun = time.perf_counter()
@@ -55,7 +59,7 @@ def measure(options: argparse.Namespace, save: Path | None) -> Result:
 
     if sets:
         result.peak["before"] = native.fma_peak(0.2)
-    for case, learn in cpu.checked(impls, sets, options.quick):
+    for case, learn in cpu.checked(impls, sets, options.quick) if "checks" in parts else ():
         result.checks.append(bench.check(case, learn))
         keep(f"check {case.name}")
     if options.fuzz:
@@ -63,15 +67,17 @@ def measure(options: argparse.Namespace, save: Path | None) -> Result:
     programme = list(cpu.timed(impls, sets[0] if sets else _torch_set(), options.quick))
     if "native" in impls and not options.quick:
         programme += cpu.lower_sets(sets)
-    for case in programme:
+    for case in programme if "times" in parts else ():
         result.rows.append(bench.row(case))
         keep(case.name)
-    if not options.quick:
-        for case in cpu.threaded(impls):
-            found = scaling(case, cpu.THREADS)
-            if isinstance(found, dict):
-                result.threads.append(found)
-            keep(f"two threads, {case.name}" + (f": {found}" if isinstance(found, str) else ""))
+    for case in cpu.threaded(impls) if "threads" in parts else ():
+        found = scaling(case)
+        if isinstance(found, Left):
+            result.rows.append(found)
+            keep(f"two threads, {case.name}: {found.reason}")
+        else:
+            result.threads.append(found)
+            keep(f"{found['name']}: {found['gain']:.2f} times as fast")
     if sets:
         result.peak["after"] = native.fma_peak(0.2)
     result.complete = True
@@ -107,13 +113,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a subset, for a minute")
     parser.add_argument("--only", choices=IMPLS, help="one form")
+    parser.add_argument("--parts", action="append", choices=PARTS, help="a part, may be repeated")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="also N random calls")
     parser.add_argument("--seed", type=int, default=0, help="of the random calls")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     path = options.out
-    if path is None and not options.quick:
+    if path is None and options.parts == ["threads"] and options.only is None:
+        path = RESULTS / f"threads_{_torch_set()}.json"
+    elif path is None and not (options.quick or options.parts or options.only):
         path = RESULTS / f"cpu_{_torch_set()}.json"
     result = measure(options, path)
     print(as_text(result, ("SDPA",)))

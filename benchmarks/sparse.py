@@ -29,11 +29,10 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from regard import native, ops
-from regard.bench.kernels import cpu
 from regard.bench.kernels import sparse as cases
 from regard.bench.kernels.case import Case
 from regard.bench.kernels.measure import Bench
-from regard.bench.kernels.rows import Row
+from regard.bench.kernels.rows import Left, Row
 from regard.bench.kernels.threads import scaling
 from regard.mixers import HaloAttention
 from regard.ops.block_sparse import BlockPlan
@@ -117,9 +116,9 @@ def threads() -> dict[str, Any]:
     """What a second thread gains: wall time, only while the machine is idle."""
     found = {}
     for case in cases.threaded(Case, "native"):
-        gain = scaling(case, cpu.THREADS)
-        if isinstance(gain, str):
-            print(f"{case.name}: left out, {gain}", file=sys.stderr)
+        gain = scaling(case)
+        if isinstance(gain, Left):
+            print(f"{case.name}: left out, {gain.reason}", file=sys.stderr)
         else:
             one, two = (1e-3 * gain["milliseconds"][n] for n in ("one", "two"))
             least = gain["targets"][0]["least"] if gain["targets"] else None

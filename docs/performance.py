@@ -27,7 +27,16 @@ PATTERNS = {"cpu": "cpu_*.json", "gpu": "gpu*.json"}
 def results(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and content of every file of a device."""
     for path in sorted(RESULTS.glob(PATTERNS[device])):
-        yield path.stem, json.loads(path.read_text())
+        result = json.loads(path.read_text())
+        alone = path.with_name(path.name.replace("cpu_", "threads_", 1))
+        if alone != path and alone.exists():  # they take the place of those of the whole run
+            found = json.loads(alone.read_text())
+            left = [row for row in result["left_out"] if row["section"] != "threads"]
+            result |= {
+                "threaded": found["threaded"], "threads alone": found["date"],
+                "left_out": [*left, *found["left_out"]],
+            }  # fmt: skip
+        yield path.stem, result
 
 
 def filled(markdown: str) -> str:
@@ -56,6 +65,8 @@ def kernels(device: str) -> str:
             *drawn,
             pages.sections(result),
         ]
+        if "threads alone" in result:
+            parts.append(f"Two threads were measured by themselves on {result['threads alone']}.\n")
     return "\n".join(parts) if parts else NOT_YET
 
 

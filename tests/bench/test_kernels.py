@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -299,18 +300,69 @@ def test_targets_are_those_of_the_instruction_set() -> None:
 
 def test_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "ROUNDS", 3)
+    monkeypatch.setattr(threads, "PATIENCE", 5.0)
+    monkeypatch.setattr(threads, "PAUSE", 0.0)
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(threads, "_idle", lambda call: 2.0)
     before = torch.get_num_threads()
-    found = threads.scaling(SMALL, {0.0: 1e9})
+    asked = replace(SMALL, targets=(Target("threads", least=1e9),))
+    found = threads.scaling(asked)
     assert torch.get_num_threads() == before
     assert isinstance(found, dict)
     one, two = found["milliseconds"]["one"], found["milliseconds"]["two"]
     assert found["gain"] == one / two
-    assert found["targets"] == []  # of the eager form nothing is asked
-    assert isinstance(threads.scaling(replace(SMALL, impl="triton"), {}), str)
+    assert found["right"]
+    assert found["name"] == f"{SMALL.name}, 2 heads, two threads"
+    assert [(t["least"], t["value"], t["met"]) for t in found["targets"]] == [
+        (1e9, one / two, False)
+    ]
+    assert threads.scaling(SMALL)["targets"] == []
+    left = threads.scaling(replace(SMALL, impl="triton"))
+    assert isinstance(left, Left)
+    # A round counts only right after the machine was idle; without three there is no row.
+    looks = iter([1.0, 2.0, 1.2, 2.0, 2.0])
+    monkeypatch.setattr(threads, "_idle", lambda call: next(looks))
+    found = threads.scaling(SMALL)
+    assert (found["rounds"], found["disturbed"]) == (3, 2)
     monkeypatch.setattr(threads, "_idle", lambda call: 1.0)
-    assert threads.scaling(SMALL, {}) == "the machine was not idle"
+    monkeypatch.setattr(threads, "PATIENCE", 0.01)
+    left = threads.scaling(SMALL)
+    assert isinstance(left, Left)
+    assert left.reason.startswith("the machine was not idle")
+
+
+def test_what_two_threads_must_gain() -> None:
+    asked = {
+        (case.impl, case.heads, case.length): case.targets[0].least
+        for case in cpu.threaded(["eager", "native"])
+        if case.mechanism == "local_linear"
+    }
+    assert {key: least for key, least in asked.items() if key[0] == "eager"} == {
+        ("eager", 1, 4096): 1.3, ("eager", 4, 4096): 1.6, ("eager", 8, 4096): 1.6,
+    }  # fmt: skip
+    assert asked["native", 4, 2048] == 1.7
+
+
+def test_threads_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(threads, "ROUNDS", 3)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
+    looks = iter([2.0] * 3)
+    monkeypatch.setattr(threads, "_idle", lambda call: next(looks, 1.0))
+    monkeypatch.setattr(threads, "PATIENCE", 3.0)
+    small = [replace(SMALL, section="threads", targets=(Target("threads", least=1e9),))]
+    monkeypatch.setattr(cpu, "threaded", lambda impls: iter([*small, replace(small[0], heads=4)]))
+    main = runpy.run_path(str(ROOT / "benchmarks/cpu.py"))["main"]
+    path = tmp_path / "threads.json"
+    assert main(["--parts", "threads", "--only", "eager", "--out", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["complete"]
+    assert found["checks"] == found["rows"] == []
+    assert [row["heads"] for row in found["threaded"]] == [2]
+    assert [row["section"] for row in found["left_out"]] == ["threads"]
+    assert "2 heads, two threads" in capsys.readouterr().out
+    page = pages.threads(found)
+    assert "| **missed:** ≥ 1e+09 |" in page
+    assert "Not measured: local linear, eager" in page
 
 
 @pytest.fixture(scope="module")
@@ -419,3 +471,43 @@ def test_text_of_a_result() -> None:
     assert f"WRONG: {SMALL.name}: error of output 1.0e-03, allowed 1.0e-04" in text
     assert " 500 " in text
     assert "3 random calls of local linear, eager, seed 1: 1 wrong; 2 more were refused" in text
+    assert text.splitlines()[-1].split() == ["test", "1", "1", "-", "-", "0"]
+    met = replace(SMALL, targets=(Target("forward/SDPA", most=2.0),), section="other")
+    result.rows = [Row(met, "blockwise", [], numbers={"forward/SDPA": 1.5}), Left(met, "why")]
+    last = as_text(result, ("SDPA",)).splitlines()[-1]
+    assert last.split() == ["other", "1", "0", "1", "of", "1", "-", "1"]
+
+
+def test_rows_of_a_gpu() -> None:
+    rows = list(gpu.timed())
+    loose = [case for case in rows if case.section == "forward" and case.options]
+    assert all(case.options == {"tol": 1e-2} and case.dim > 16 for case in loose)
+    for case in loose:  # the default, more exact, is beside it
+        beside = [c for c in rows if c.name == replace(case, options={}).name]
+        (plain,) = (c for c in beside if c.section == "forward")
+        assert not any(t.quantity == "forward/flash" for t in plain.targets)
+        assert any(t.quantity == "error/rounding" for t in plain.targets)
+    asked = {(c.dim, c.length, c.ridge, c.keys) for c in loose if c.targets}
+    assert {key for key in gpu.FORWARD if key[0] > 16} == asked
+    dense = {(c.dim, c.length, c.density, c.options["block_q"]) for c in rows
+             if c.section == "chosen blocks"}  # fmt: skip
+    wanted = {(D, n, d, b) for D in (64, 128) for n in (2**14, 2**16)
+              for d in (0.1, 0.2, 0.3) for b in (64, 128)}  # fmt: skip
+    assert wanted <= dense
+
+
+def test_checks_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))
+    names = script["work"].__globals__
+    checks = [
+        (replace(SMALL, length=n, bound=1e-4, gradient_bound=1e-3), ()) for n in range(30, 35)
+    ]
+    monkeypatch.setitem(names, "every_check", lambda: checks)
+    monkeypatch.setitem(names, "Bench", lambda device, timed: Bench(timed=timed))
+    options = type("Options", (), {"part": "1/2", "only": ["checks"], "worker": tmp_path})()
+    options.until = math.inf
+    script["work"](options)
+    found = pickle.loads((tmp_path / "1.pickle").read_bytes())
+    assert sorted(found) == [1, 3]
+    assert [found[place].case.length for place in (1, 3)] == [31, 33]
+    assert all(row.right for row in found.values())

@@ -145,19 +145,24 @@ def table(result: Json, section: str) -> str:
 
 def threads(result: Json) -> str:
     """What a second thread gained."""
-    lines = ["| call | one, ms | two, ms | gain |", "| --- | --- | --- | --- |"]
+    heads = ["call", "one, ms", "two, ms", "gain", "median gain", "rounds", "target"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in result["threaded"]:
         one, two = row["milliseconds"]["one"], row["milliseconds"]["two"]
-        cells = [row["name"], number(one), number(two), f"{row['gain']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" if result["threaded"] else "Not measured.\n"
+        asked = [f"{'' if t['met'] else '**missed:** '}{_bound(t)}" for t in row["targets"]]
+        gains = [f"{row['gain']:.2f}", f"{row['median_gain']:.2f}"]
+        cells = [row["name"], number(one), number(two), *gains, str(row["rounds"])]
+        lines.append("| " + " | ".join([*cells, "; ".join(asked)]) + " |")
+    left = [row for row in result["left_out"] if row["section"] == "threads"]
+    lines += [f"\nNot measured: {row['name']}, {row['reason']}." for row in left]
+    return "\n".join(lines) + "\n" if result["threaded"] or left else "Not measured.\n"
 
 
 def sections(result: Json) -> str:
     """Every section that has rows, with its title."""
     names = dict.fromkeys(row["section"] for row in result["rows"])
     parts = [f"### {TITLES.get(name, name)}\n\n{table(result, name)}" for name in names]
-    if result["threaded"]:
+    if result["threaded"] or any(row["section"] == "threads" for row in result["left_out"]):
         parts.append(f"### Two threads\n\n{threads(result)}")
     return "\n".join(parts)
 
@@ -210,6 +215,7 @@ def _plain(rows: Iterable[Json], **wanted: Any) -> list[Json]:
         if all(row[name] == value for name, value in fixed.items())
         and row["section"] in ("forward", "lengths", "memory", "eager")
         and row["work"] == "forward"
+        and not row["options"]
         and row["milliseconds"]
     ]
     return sorted({row["length"]: row for row in kept}.values(), key=lambda row: row["length"])

@@ -48,7 +48,7 @@ class Result:
     peak: dict[str, float] = field(default_factory=dict)  # GFLOP/s, before and after
     checks: list[Row | Left] = field(default_factory=list)
     rows: list[Row | Left] = field(default_factory=list)
-    threads: list[dict[str, Any]] = field(default_factory=list)
+    threads: list[dict[str, Any]] = field(default_factory=list)  # as `threads.scaling` has them
     fuzz: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     complete: bool = False
@@ -66,6 +66,9 @@ class Result:
                 for v in row.verdicts
                 if not v.right
             ]
+        said += [
+            f"{row['name']}: wrong with two threads" for row in self.threads if not row["right"]
+        ]
         for found in self.fuzz:
             said += [f"random {found['mechanism']}: {failure}" for failure in found["failures"]]
         return said
@@ -172,7 +175,11 @@ def as_text(result: Result, yardsticks: Sequence[str]) -> str:
         lines += ["", section, *aligned(columns(yardsticks), [line(r, yardsticks) for r in rows])]
     if result.threads:
         lines += ["", "two threads, wall time"]
-        lines += [f"{row['name']}: {number(row['gain'])} times as fast" for row in result.threads]
+        lines += [
+            f"{row['name']}: {number(row['gain'])} times as fast, {row['rounds']} rounds, "
+            f"{row['disturbed']} disturbed"
+            for row in result.threads
+        ]
     checks = [row for row in result.checks if isinstance(row, Row)]
     right = sum(row.right for row in checks)
     lines += ["", f"{right} of {len(checks)} short calls are right, gradients included"]
@@ -193,4 +200,35 @@ def as_text(result: Result, yardsticks: Sequence[str]) -> str:
             left[key] = left.get(key, 0) + 1
     lines += [f"left out: {impl}, {count} rows: {why}" for (impl, why), count in left.items()]
     lines += [f"WRONG: {words}" for words in result.wrong]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *summary(result)])
+
+
+def summary(result: Result) -> list[str]:
+    """The shortest table: by section, rows, wrong ones, and targets that are met."""
+    found: dict[str, list[Any]] = {}
+
+    def count(section: str, right: bool, targets: list[dict[str, Any]]) -> None:
+        row = found.setdefault(section, [0, 0, [], [], 0])
+        row[0] += 1
+        row[1] += not right
+        for target in targets:
+            row[2 if target["level"] == "must" else 3].append(target["met"])
+
+    for row in (*result.checks, *result.rows):
+        if isinstance(row, Row):
+            count(row.case.section, row.right, row.targets)
+        else:
+            known = found.setdefault(row.case.section, [0, 0, [], [], 0])
+            known[1] += row.failed
+            known[4] += not row.failed
+    for row in result.threads:
+        count("threads", row["right"], row["targets"])
+
+    def share(met: list[bool]) -> str:
+        return f"{sum(met)} of {len(met)}" if met else "-"
+
+    cells = [
+        [section, str(rows), str(wrong), share(must), share(stretched), str(left)]
+        for section, (rows, wrong, must, stretched, left) in found.items()
+    ]
+    return aligned(["section", "rows", "wrong", "targets met", "stretched", "left out"], cells)

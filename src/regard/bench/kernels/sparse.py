@@ -106,6 +106,7 @@ EAGER_FASTER = {SMALL_BLOCK: (5.0, 2.3, 1.4), BLOCK: (5.0, 2.7, 1.7)}  # by bloc
 CAUSAL, GRADIENTS = 0.75, 0.7  # of 1 / density: of a causal call; of a forward and backward
 WINDOW, WINDOW_FASTER = 256, 6.0  # at 4k tokens, forward and both
 BOUND, GRADIENT_BOUND = 1e-5, 3e-5  # of float32
+THREADS = 1.7  # times as fast as one thread, two
 
 
 def on_processor(make: Callable[..., Case], impl: str, wanted: bool, quick: bool) -> Iterator[Case]:
@@ -163,7 +164,8 @@ def threaded(make: Callable[..., Case], impl: str) -> Iterator[Case]:
     """A call that a second thread should make faster."""
     yield make(
         "threads", mechanism="block_sparse", impl=impl, length=K16, causal=False, density=0.2,
-        options={"block_q": BLOCK, "block_k": BLOCK},
+        options={"block_q": BLOCK, "block_k": BLOCK}, bound=BOUND,
+        targets=(_faster("threads", THREADS),),
     )  # fmt: skip
 
 
@@ -199,6 +201,14 @@ def on_gpu(plain: Case) -> Iterator[Case]:
 
 
 GRADIENT_16 = 5e-3
+
+
+def long_on_gpu(plain: Case) -> Iterator[Case]:
+    """The longest rows, which take their time."""
+    for dim in (64, 128):
+        for block in (BLOCK, SMALL_BLOCK):
+            for density in DENSITIES[1:]:
+                yield _blocks(plain, dim, K64, block, density)
 
 
 def _blocks(plain: Case, dim: int, length: int, block: int, density: float) -> Case:
