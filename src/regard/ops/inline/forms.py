@@ -16,6 +16,7 @@ from regard.ops.inline.moments import Centred, Past, centred, running
 from regard.ops.inline.reference import inline_attention_reference
 from regard.ops.inline.tiled import tiled
 from regard.ops.linear.forms import ENGINE
+from regard.ops.linear.native import whole
 from regard.ops.linear.problem import Problem, Solution
 
 STATE = "inline"
@@ -121,8 +122,23 @@ def _reference_refuses(call: Call) -> str | None:
 
 
 def _tiled(call: Call) -> Any:
-    scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
-    out, S, k_mean, v_mean = tiled(call.q, call.k, call.v, call.feature_map, float(scale))
+    return _with_state(call, tiled(call.q, call.k, call.v, call.feature_map, _scale(call)))
+
+
+def _whole(call: Call) -> Any:
+    name = call.feature_map
+    found = whole.whole(
+        call.q, call.k, call.v, None, None, name, name, _scale(call), whole.CENTRED, 0.0
+    )
+    return _with_state(call, found)
+
+
+def _scale(call: Call) -> float:
+    return float(call.q.shape[3] ** -0.5 if call.scale is None else call.scale)
+
+
+def _with_state(call: Call, found: tuple[Tensor, ...]) -> Any:
+    out, S, k_mean, v_mean = found
     if not call.return_state:
         return out
     B, length = call.k.shape[0], call.k.shape[2]
@@ -131,11 +147,19 @@ def _tiled(call: Call) -> Any:
     return out, FixedState(STATE, length, tensors)
 
 
+def _whole_refuses(call: Call) -> str | None:
+    return _sees_all(call) or whole.refuse_tensors(call.q)
+
+
 def _tiled_refuses(call: Call) -> str | None:
-    if call.causal:
-        return "causal: means run along"
     if call.q.device.type not in ("cpu", "meta"):
         return "its tiles fit the cache of a CPU"
+    return _sees_all(call)
+
+
+def _sees_all(call: Call) -> str | None:
+    if call.causal:
+        return "causal: means run along"
     for name in ("key_mask", "state", "chunk_size"):
         if getattr(call, name) is not None:
             return f"it takes no {name}"
@@ -143,6 +167,7 @@ def _tiled_refuses(call: Call) -> str | None:
 
 
 FORMS = (
+    Form("native", "centred", _whole_refuses, _whole),
     *(_wrapped(form) for form in ENGINE if form.impl != "eager"),
     Form("eager", "tiled", _tiled_refuses, _tiled),
     *(_wrapped(form) for form in ENGINE if form.impl == "eager"),

@@ -6,6 +6,7 @@ applied before it and needs nothing from it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,12 +39,30 @@ def elu(x: Tensor) -> Tensor:
     return _forward(x)
 
 
+PIECE = 1 << 16  # numbers at once: what is made on the way stays in cache, and takes no memory
+
+
 def _elu(x: Tensor) -> Tensor:
-    return x.clamp(max=0.0).exp_().add_(x.clamp(min=0.0))
+    out = torch.empty_like(x)
+    for y, part in _pieces(out, x):
+        torch.clamp(part, max=0.0, out=y).exp_().add_(part.clamp(min=0.0))
+    return out
 
 
 def _elu_gradient(gradient: Tensor, features: Tensor) -> Tensor:
-    return gradient * features.clamp(max=1.0)
+    if gradient.shape != features.shape:
+        return gradient * features.clamp(max=1.0)
+    out = torch.empty_like(features)
+    for y, part, slope in _pieces(out, gradient, features):
+        torch.clamp(slope, max=1.0, out=y).mul_(part)
+    return out
+
+
+def _pieces(out: Tensor, *given: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same elements of tensors of one shape, in the order of `out`, some at a time."""
+    if out.device.type != "cpu" or out.numel() <= PIECE or not out.is_contiguous():
+        return [(out, *given)]
+    return zip(*(x.reshape(-1).split(PIECE) for x in (out, *given)), strict=True)
 
 
 def _save_result(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

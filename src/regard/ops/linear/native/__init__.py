@@ -5,8 +5,10 @@
 - `decays.h`, `chunk.h`, `run.h`: factors of decays, runs of tokens, a panel on its way along them
 - `head.h`, `jobs.h`, `walk.c`, `gradient.c`: heads, threads, forward, backward
 - `decode.h`, `decode.c`, `decode.py`: one token after a past
+- `maps.h`, `product.h`, `whole.h`, `whole.c`, `whole_gradient.c`, `whole.py`: no order of tokens
 - `unit.c`, `unit.py`: keys of the delta rule
-- `activate.c`, `activate.py`, `blocks.py`: feature maps that are learned, in pieces of the tokens
+- `activate.h`, `activate.c`, `activate.py`, `blocks.py`: feature maps that are learned, in pieces
+- `mapped.h`, `mapped.py`: maps that a walk applies itself
 - `call.h`, `library.py`, `walk.py`: from the operands of the registered op to C
 """
 
@@ -18,9 +20,10 @@ from torch import Tensor
 from regard.core.dispatch import Form
 from regard.native import refusal
 from regard.ops.linear.engine import encode, read
-from regard.ops.linear.native import activate, decode
+from regard.ops.linear.native import activate, decode, whole
 from regard.ops.linear.native.blocks import in_blocks
 from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER
+from regard.ops.linear.native.mapped import in_walk
 from regard.ops.linear.native.unit import with_native_unit
 from regard.ops.linear.native.walk import Walked, walk
 from regard.ops.linear.normaliser import mean
@@ -34,7 +37,7 @@ def refuse(problem: Problem) -> str | None:
     if problem.q.dtype == torch.float64:
         return "it computes in float32"
     if not problem.causal and problem.beta is None:
-        return "not causal: two products of matrices, which are torch's"
+        return "not causal: every query reads one state"
     if problem.chunk is not None:
         return "its chunks have one size, nothing to do with chunk_size"
     return refusal()
@@ -105,11 +108,14 @@ def _read(problem: Problem, q: Tensor, S: Tensor | None, z: Tensor | None) -> Te
     return mean(sums, problem.minimum, problem.epsilon)
 
 
-_serve_each = each_sequence(in_blocks(serve))
+_serve_each = each_sequence(in_walk(in_blocks(in_walk(serve))))
 
 
 def _run(problem: Problem) -> Solution:
     return decode.decode(problem) if decode.serves(problem) else _serve_each(problem)
 
 
-FORMS: tuple[Form, ...] = (Form("native", "native", refuse, _run),)
+FORMS: tuple[Form, ...] = (
+    Form("native", "native", refuse, _run),
+    Form("native", "whole", whole.refuse, whole.solve),
+)

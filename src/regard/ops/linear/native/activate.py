@@ -1,4 +1,6 @@
-"""Hedgehog's feature maps in plain C: z is a product of torch's, what follows is one pass a row."""
+"""Hedgehog's feature maps in plain C, `regard::linear_features_native_fwd`: a product and a row
+at a time, so that z = x W + b is never written. Its backward goes back through torch's products.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,13 @@ def _native(feature: Feature) -> Feature:
     kind = activation.removesuffix(":half").removesuffix("_shifted")
     if prefix != "hedgehog" or kind not in KINDS or feature.project is None:
         return feature
-    project, options = feature.project, (kind, not half, shifted)
-    return feature._replace(apply=lambda x: _forward(project(x), *options))
+    given = feature.apply.keywords  # of `learned_features.features`
+    weight, bias, skip = (given[name] for name in ("weight", "bias", "skip"))
+    options = kind, not half, shifted
+    if weight is None:  # z = x + b, if that
+        project = feature.project
+        return feature._replace(apply=lambda x: _forward(project(x), *options))
+    return feature._replace(apply=lambda x: _features(x, weight, bias, skip, *options))
 
 
 @cache
@@ -90,4 +97,89 @@ _forward = define(
     backward=_of_forward,
     setup_context=learned_features.save_result,
     vmap=learned_features.mapped(lambda *given: _forward(*given), 1),
+)
+
+
+def _project_activate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, skip: bool, activation: str, full_space: bool,
+    shifted: bool,
+) -> Tensor:  # fmt: skip
+    (B, H, T, D), C = x.shape, weight.shape[2]
+    x = x if x.stride(3) == 1 or D == 1 else x.contiguous()
+    W = weight.to(x.dtype).contiguous()
+    b = None
+    if bias is not None:
+        b = bias.to(x.dtype).reshape(bias.shape[0], -1).expand(-1, C).contiguous()
+    phi = x.new_empty(B, H, T, learned_features.width(activation, C, full_space))
+    threads = min(torch.get_num_threads(), 1 + B * H * T * C // LEAST_PER_THREAD)
+    sizes = (
+        B, H, T, D, C, *x.stride()[:3], W.shape[0], 0 if b is None else b.shape[0], skip,
+        KINDS[activation], full_space, shifted, threads,
+    )  # fmt: skip
+    if phi.numel() and _project_kernel(chosen())(
+        x.data_ptr(), W.data_ptr(), None if b is None else b.data_ptr(), phi.data_ptr(),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+    ):  # fmt: skip
+        raise MemoryError("linear_activation: no memory for the work space of the native kernel")
+    return phi
+
+
+@cache
+def _project_kernel(isa: str | None) -> Any:
+    run = function("linear_activation", "linear_project_activate", isa)
+    run.restype = ctypes.c_int64
+    run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.POINTER(ctypes.c_int64)]
+    return run
+
+
+def _fake_features(
+    x: Tensor, weight: Tensor, bias: Tensor | None, skip: bool, activation: str, full_space: bool,
+    shifted: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(
+        *x.shape[:3], learned_features.width(activation, weight.shape[2], full_space)
+    )
+
+
+def _save_features(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.skip, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias, output)
+
+
+def _of_features(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, phi = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    dz, dx, d_weight, d_bias = _backward(gradient, phi, *ctx.options), None, None, None
+    if wants_x:
+        dx = dz @ weight.to(dz.dtype).mT
+        if ctx.skip:
+            dx = dx + dz
+    if wants_weight:
+        d_weight = (x.mT @ dz).sum_to_size(1, *weight.shape)[0].to(weight.dtype)
+    if wants_bias:
+        summed = dz.sum(2)  # of tokens: [B, h, F]
+        summed = summed if bias.dim() == 2 else summed.sum(2)
+        d_bias = summed.sum_to_size(1, *bias.shape)[0].to(bias.dtype)
+    return dx, d_weight, d_bias, None, None, None, None
+
+
+def _map_features(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+    """Maps that are mapped over: z by torch's product, which knows how."""
+    *tensors, skip, activation, full_space, shifted = given
+
+    def composed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = learned_features.project(x, weight, bias, skip)
+        return _forward(z, activation, full_space, shifted)
+
+    return torch.vmap(composed, in_dims=in_dims[:3])(*tensors), 0
+
+
+_features = define(
+    "linear_features_native_fwd",
+    f"(Tensor x, Tensor weight, Tensor? bias, bool skip, {learned_features.OPTIONS}) -> Tensor",
+    _project_activate,
+    _fake_features,
+    backward=_of_features,
+    setup_context=_save_features,
+    vmap=_map_features,
 )

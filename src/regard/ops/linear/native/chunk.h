@@ -89,13 +89,9 @@ INLINE void scores_(
     }
 }
 
-#define LINE 16 /* floats in a line of the cache */
-
 /* Asks for the rows of a later chunk. */
 static inline void fetch_rows(Rows rows, int64_t start, int64_t channels) {
-    for (int64_t t = start; t < start + TOKENS; t++)
-        for (int64_t c = 0; c < channels; c += LINE)
-            __builtin_prefetch(rows.at + t * rows.step + c);
+    fetch_ahead(rows.at + start * rows.step, rows.step, TOKENS, channels);
 }
 
 /* The products of all chunks; `left1` and `factors` may be of NULL. */

@@ -49,7 +49,7 @@ def signature(
     if not known or type(problem.scale) not in _NUMBERS or is_asking():
         return None
     S, z = state.tensors.get("S"), state.tensors.get("z")
-    if not (_fits(problem) and _untraced(problem, S, z)):
+    if not (_fits(problem) and untraced(problem, S, z)):
         return None
     operands = [
         None if x is None else (x.shape, x.dtype) for x in (problem.log_decay, problem.beta, S, z)
@@ -70,7 +70,7 @@ def remember(signature: tuple[Any, ...]) -> None:
 
 def serves(problem: Problem) -> bool:
     """Whether a problem is one float32 token after a past, with maps that C knows."""
-    return _fits(problem) and _untraced(problem, problem.S, problem.z)
+    return _fits(problem) and untraced(problem, problem.S, problem.z)
 
 
 def _fits(problem: Problem) -> bool:
@@ -89,7 +89,7 @@ def _fits(problem: Problem) -> bool:
     )
 
 
-def _untraced(problem: Problem, S: Tensor | None, z: Tensor | None) -> bool:
+def untraced(problem: Problem, S: Tensor | None, z: Tensor | None) -> bool:
     """Whether a call may leave torch: no gradient is needed and nobody looks on."""
     if (
         torch.compiler.is_compiling()

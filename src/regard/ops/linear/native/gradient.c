@@ -59,10 +59,9 @@ static void ready_divisors(const Call *call, Head *head, int64_t b, int64_t h) {
 }
 
 static void ready_silenced_keys(
-    const Call *call, Head *head, const float *zeros, int64_t b, int64_t h, int64_t first,
-    int64_t last
+    const Call *call, Head *head, const float *zeros, int64_t first, int64_t last
 ) {
-    ready_keys(call, head, zeros, b, h, first, last);
+    ready_keys(call, head, zeros, first, last);
     silence(head, head->keys, 0, first, last);
 }
 
@@ -85,7 +84,7 @@ static void walk_errors(
     }
     for (int64_t block = 0; block < blocks_of(head->count); block++) {
         const int64_t first = block * BLOCK, last = end_of(head, block);
-        if (!crew->team) ready_silenced_keys(call, head, worker->zeros, b, h, first, last);
+        if (!crew->team) ready_silenced_keys(call, head, worker->zeros, first, last);
         for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
             steps(&worker->panel[p].walker, first, last);
     }
@@ -130,7 +129,7 @@ static void walk_back_values(
     for (int64_t block = blocks_of(head->count) - 1; block >= 0; block--) {
         const int64_t first = block * BLOCK, last = end_of(head, block);
         if (!crew->team && (!head->beta || adds(call, h)))
-            ready_silenced_keys(call, head, worker->zeros, b, h, first, last);
+            ready_silenced_keys(call, head, worker->zeros, first, last);
         for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
             steps(&worker->panel[p].walker, first, last);
     }
@@ -515,12 +514,13 @@ static void gradient_head(
     for (int64_t h = hk * group; h < (hk + 1) * group; h++) {
         crew_wait(crew);
         if (lead) {
+            plain_rows(call, head, b, h);
             ready_tokens(call, head, b, hk);
             const Rows grad = of_operand(&call->d_out, b, h);
             find_silent(grad, call->channels, 0, call->tokens, head->silent[0]);
             if (call->normaliser) ready_divisors(call, head, b, h);
         }
-        if (shares) ready_silenced_keys(call, head, worker->zeros, b, h, 0, head->count);
+        if (shares) ready_silenced_keys(call, head, worker->zeros, 0, head->count);
         crew_wait(crew);
         if (call->beta.data && !adds(call, h)) walk_errors(call, head, worker, crew, b, h);
         walk_back_values(call, head, worker, crew, b, h);

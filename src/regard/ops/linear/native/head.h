@@ -3,6 +3,7 @@
 #define LINEAR_HEAD_H
 
 #include "call.h"
+#include "mapped.h"
 #include "run.h"
 #include "threads.h"
 
@@ -18,6 +19,9 @@ typedef struct {
     float *sums;           /* [panel][token]: what each panel adds to the decay's gradient */
     vector *total;
     int64_t count; /* of chunks */
+    Rows q, k;     /* as the walk reads them; `made` is where mapped ones lie: of two blocks in
+                    * turn, as what is written waits for the next pass, or of all tokens */
+    float *made[2][2], *map_work;
 } Head;
 
 /* One panel: what it is to do and how far it is. */
@@ -52,7 +56,9 @@ static int64_t most_rows(const Call *call) {
 
 static int64_t panels_of(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 
-static Head cut_head(const Call *call, int backward, char **at) {
+static int is_mapped(const Map *map) { return map->kind != AS_IT_IS; }
+
+static Head cut_head(const Call *call, int backward, int together, char **at) {
     const int64_t T = call->tokens + TOKENS, F = call->features, E = call->channels;
     const int64_t floats = T * (int64_t)sizeof(float);
     Head head = {0};
@@ -81,6 +87,15 @@ static Head cut_head(const Call *call, int backward, char **at) {
     if (backward) head.values = take_bytes(at, T * (int64_t)sizeof(Scores));
     if (backward && call->d_log_decay && !call->per_channel)
         head.sums = take_bytes(at, floats * panels_of(F));
+    const Map *maps[2] = {&call->query_map, &call->key_map};
+    const int64_t rows = together ? T : BLOCK * TOKENS;
+    int64_t work = 0;
+    for (int i = 0; i < 2; i++) if (is_mapped(maps[i])) {
+        for (int turn = 0; turn < (together ? 1 : 2); turn++)
+            head.made[i][turn] = take_bytes(at, rows * row_stride(F) * (int64_t)sizeof(float));
+        if (map_floats(maps[i]) > work) work = map_floats(maps[i]);
+    }
+    head.map_work = take_bytes(at, work * (int64_t)sizeof(float));
     return head;
 }
 
@@ -154,20 +169,19 @@ static Rows factors_of(const Call *call, const Head *head) {
     return (Rows){head->channels, row_stride(call->features)};
 }
 
-/* Sums of weights q_t . z_t of all tokens, and z after the last one. */
+/* Sums of weights q_t . z_t of the tokens [first, stop), in their order, and z after the last. */
 REGARD_SHARED void sum_weights(
-    const Call *call, Head *head, int64_t b, int64_t h, int64_t n, float *weight, float *last
+    const Call *call, Head *head, int64_t n, int64_t first, int64_t stop, float *weight,
+    float *last
 ) {
     const int64_t F = call->features, groups = row_stride(F) / REGARD_WIDTH;
-    const Rows q = of_operand(&call->q, b, h);
-    const Rows k = of_operand(&call->k, b, h / (call->heads / call->key_heads));
     vector *z = head->total;
-    for (int64_t g = 0; g < groups; g++)
+    if (first == 0) for (int64_t g = 0; g < groups; g++)
         z[g] = call->total ? part_load(call->total + n * F + g * REGARD_WIDTH, F - g * REGARD_WIDTH)
                            : (vector){0};
-    for (int64_t t = 0; t < call->tokens; t++) {
-        vector sum = {0};
-        const float *query = q.at + t * q.step, *key = k.at + t * k.step;
+    for (int64_t t = first; t < stop; t++) {
+        vector sum[2] = {{0}, {0}};
+        const float *query = head->q.at + t * head->q.step, *key = head->k.at + t * head->k.step;
         for (int64_t g = 0; g < groups; g++) {
             const int64_t c = g * REGARD_WIDTH;
             vector kept = z[g];
@@ -179,15 +193,14 @@ REGARD_SHARED void sum_weights(
                 kept = v_keep((vector_mask)(factor != (vector){0}), factor * kept);
             }
             z[g] = kept + part_load(key + c, F - c);
-            sum += part_load(query + c, F - c) * z[g];
+            sum[g & 1] += part_load(query + c, F - c) * z[g];
         }
-        weight[t] = v_sum(sum) + (float)call->epsilon;
+        weight[t] = v_sum(sum[0] + sum[1]) + (float)call->epsilon;
     }
-    if (last) for (int64_t g = 0; g < groups; g++)
+    if (last && stop == call->tokens) for (int64_t g = 0; g < groups; g++)
         part_store(last + g * REGARD_WIDTH, z[g], F - g * REGARD_WIDTH);
 }
 
-/* What a sum of weights divides by, turned round: 0 where there is no weight at all. */
 /* The inverse of less than this may overflow: such rows are divided in two steps. */
 #define LEAST_WEIGHT 1e-37f
 
@@ -195,6 +208,7 @@ static int is_tiny(const Call *call, float weight) {
     return call->normaliser == BY_SUM && weight != 0 && __builtin_fabsf(weight) < LEAST_WEIGHT;
 }
 
+/* What a sum of weights divides by, turned round: 0 where there is no weight at all. */
 static float inverse_of(const Call *call, float weight) {
     if (call->normaliser == BY_CLAMP && weight <= (float)call->minimum)
         return (float)(1.0 / call->minimum);
@@ -218,15 +232,35 @@ static void ready_tokens(const Call *call, Head *head, int64_t b, int64_t hk) {
 
 /* The products of queries and keys, of keys with each other under the delta rule. */
 static void ready_keys(
-    const Call *call, Head *head, const float *zeros, int64_t b, int64_t h, int64_t first,
-    int64_t last
+    const Call *call, Head *head, const float *zeros, int64_t first, int64_t last
 ) {
-    const Rows k = of_operand(&call->k, b, h / (call->heads / call->key_heads));
     all_scores(
-        head->chunks + first, last - first, of_operand(&call->q, b, h),
-        head->beta ? k : (Rows){0, 0}, k, factors_of(call, head), call->features, zeros,
-        head->keys + first
+        head->chunks + first, last - first, head->q, head->beta ? head->k : (Rows){0, 0}, head->k,
+        factors_of(call, head), call->features, zeros, head->keys + first
     );
+}
+
+/* Rows as the caller gave them. */
+static void plain_rows(const Call *call, Head *head, int64_t b, int64_t h) {
+    head->q = of_operand(&call->q, b, h);
+    head->k = of_operand(&call->k, b, h / (call->heads / call->key_heads));
+}
+
+/* Rows of the tokens [start, stop), mapped where they are to be: in turn `turn` of the blocks, or
+ * for good where there is one turn. */
+REGARD_SHARED void map_block(
+    const Call *call, Head *head, int64_t b, int64_t h, int64_t start, int64_t stop, int turn
+) {
+    const Map *maps[2] = {&call->query_map, &call->key_map};
+    const int64_t heads[2] = {h, h / (call->heads / call->key_heads)}, F = row_stride(call->features);
+    const Rows given[2] = {of_operand(&call->q, b, heads[0]), of_operand(&call->k, b, heads[1])};
+    Rows *rows[2] = {&head->q, &head->k};
+    for (int i = 0; i < 2; i++) if (is_mapped(maps[i])) {
+        float *to = head->made[i][turn];
+        map_rows(maps[i], given[i].at + start * given[i].step, given[i].step, heads[i],
+                 stop - start, F, head->map_work, to);
+        *rows[i] = (Rows){to - start * F, F};
+    }
 }
 
 /* A run over the columns of S: rows are features. */
@@ -282,17 +316,20 @@ static void store_panel(const Run *run, const vector *state, int64_t width, int 
     }
 }
 
+static void forward_rows(const Head *head, Run *run) {
+    run->read[0] = head->q;
+    run->write[0] = run->read[1] = head->k;
+}
+
 /* The run of the forward, over the panel at `column`. */
 static Run forward_run(
     const Call *call, const Head *head, const Worker *worker, int64_t b, int64_t h, int64_t column
 ) {
     Run run = over_values(call, head, worker, column);
     const int64_t hk = h / (call->heads / call->key_heads);
-    const Rows k = of_operand(&call->k, b, hk);
-    run.read[0] = of_operand(&call->q, b, h);
-    run.write[0] = k;
+    forward_rows(head, &run);
     run.value[0] = shifted(of_operand(&call->v, b, hk), column);
-    if (head->beta) run.rule = CORRECTS, run.second_read = 1, run.read[1] = k;
+    if (head->beta) run.rule = CORRECTS, run.second_read = 1;
     return run;
 }
 

@@ -50,7 +50,7 @@ static int64_t run_heads(const Call *call, int64_t heads, int backward, HeadJob 
     for (int pass = 0; pass < 2; pass++) { /* measure, then cut */
         at = block;
         for (int64_t i = 0; i < (together ? 1 : threads); i++)
-            jobs->head[i] = cut_head(call, backward, &at);
+            jobs->head[i] = cut_head(call, backward, together, &at);
         for (int64_t i = 0; i < threads; i++)
             jobs->worker[i] = cut_worker(call, backward, &at, pass);
         if (pass == 0) block = aligned_block((int64_t)(intptr_t)at);

@@ -33,6 +33,19 @@ class Operand(ctypes.Structure):
     ]
 
 
+class Map(ctypes.Structure):
+    """What queries or keys become inside a walk; all zero: what they are."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "kind", "inner", "name", "full", "shifted", "skip", "weights", "biases", "columns",
+        )),
+        ("scale", ctypes.c_double),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class Call(ctypes.Structure):
     """Everything that a kernel of this folder is told."""
 
@@ -45,6 +58,8 @@ class Call(ctypes.Structure):
         ("d_out", Operand),
         ("given_out", Operand),
         *((name, ctypes.c_void_p) for name in _GRADIENTS),
+        ("query_map", Map),
+        ("key_map", Map),
     ]
 
 

@@ -27,4 +27,12 @@ static inline void part_store(float *to, vector x, int64_t count) {
     else ragged_store(to, x, count);
 }
 
+#define LINE 16 /* floats in a line of the cache */
+
+/* Asks for rows that are read soon. */
+static inline void fetch_ahead(const float *from, int64_t step, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < width; c += LINE) __builtin_prefetch(from + r * step + c);
+}
+
 #endif

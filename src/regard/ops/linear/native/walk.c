@@ -5,12 +5,29 @@
  */
 #include "jobs.h"
 
-static void ready_weights(const Call *call, Head *head, int64_t b, int64_t h, float *weight) {
+static void ready_weights(
+    const Call *call, Head *head, int64_t b, int64_t h, int64_t first, int64_t stop, float *weight
+) {
     const int64_t group = call->heads / call->key_heads;
     const int64_t nk = b * call->key_heads + h / group;
     float *last = call->last_total && h % group == 0 ? call->last_total + nk * call->features : 0;
-    sum_weights(call, head, b, h, nk, weight, last);
-    for (int64_t t = 0; t < call->tokens; t++) head->inverse[t] = inverse_of(call, weight[t]);
+    sum_weights(call, head, nk, first, stop, weight, last);
+    for (int64_t t = first; t < stop; t++) head->inverse[t] = inverse_of(call, weight[t]);
+}
+
+/* All that panels share of the chunks [first, last): rows, their products, sums of weights. */
+static void ready_block(
+    const Call *call, Head *head, const Worker *worker, int64_t b, int64_t h, int64_t first,
+    int64_t last, int turn
+) {
+    if (first == last) return;
+    const Chunk end = head->chunks[last - 1];
+    const int64_t start = head->chunks[first].start, stop = end.start + end.count;
+    const int64_t n = b * call->heads + h;
+    map_block(call, head, b, h, start, stop, turn);
+    if (call->normaliser)
+        ready_weights(call, head, b, h, start, stop, call->weight + n * call->tokens);
+    ready_keys(call, head, worker->zeros, first, last);
 }
 
 /* The second step of dividing the rows whose weight is tiny, in a panel's columns. */
@@ -30,9 +47,9 @@ static void walk_head(
     const int64_t F = call->features, E = call->channels;
     const int alone = !crew->team;
     if (crew->member == 0) {
+        plain_rows(call, head, b, h);
         ready_tokens(call, head, b, hk);
-        if (call->normaliser) ready_weights(call, head, b, h, call->weight + n * T);
-        if (!alone) ready_keys(call, head, worker->zeros, b, h, 0, head->count);
+        if (!alone) ready_block(call, head, worker, b, h, 0, head->count, 0);
     }
     crew_wait(crew);
     for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
@@ -44,9 +61,11 @@ static void walk_head(
     }
     for (int64_t block = 0; block < blocks_of(head->count); block++) {
         const int64_t first = block * BLOCK, last = end_of(head, block);
-        if (alone) ready_keys(call, head, worker->zeros, b, h, first, last);
-        for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
+        if (alone) ready_block(call, head, worker, b, h, first, last, block % 2);
+        for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
+            forward_rows(head, &worker->panel[p].run);
             steps(&worker->panel[p].walker, first, last);
+        }
     }
     if (call->normaliser) for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
         divide_again(call, call->weight + n * T, call->out + n * T * E, p * COLUMNS);

@@ -11,7 +11,7 @@ from torch import Tensor
 from regard.core.library import define
 from regard.core.mapped import batched
 from regard.native import chosen
-from regard.ops.linear.native.library import Call, kernel, operand, pointer
+from regard.ops.linear.native.library import Call, Map, kernel, operand, pointer
 
 OP = "linear_attention"
 # Numbers in all states times tokens from which a second thread is worth its start: a millisecond.
@@ -75,8 +75,11 @@ def _run(name: str, call: Call) -> None:
         raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
 
 
-def _results(q: Tensor, k: Tensor, v: Tensor, normaliser: int) -> Walked:
+def _results(
+    q: Tensor, k: Tensor, v: Tensor, normaliser: int, features: int | None = None
+) -> Walked:
     (B, H, T, F), (_, Hk, _, E) = q.shape, v.shape
+    F = F if features is None else features
     return Walked(
         q.new_empty(B, H, T, E),
         q.new_empty((B, H, T) if normaliser else 0),
@@ -92,18 +95,42 @@ def _fake_walk(
     return tuple(_results(q, k, v, normaliser))
 
 
+def walk_mapped(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
+    S: Tensor | None, z: Tensor | None, normaliser: int, minimum: float, epsilon: float,
+    features: int, maps: tuple[Map, Map],
+) -> Walked:  # fmt: skip
+    """`walk` on queries and keys as they are, which become `features` wide inside; no gradients.
+
+    It calls C directly: for tensors that no tracer or transform follows.
+    """
+    results = _results(q, k, v, normaliser, features)
+    operands = (q, k, v, log_decay, beta, S, z, normaliser, minimum, epsilon)
+    return _run_walk(operands, results, features, maps)
+
+
 def _walk(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
     S: Tensor | None, z: Tensor | None, normaliser: int, minimum: float, epsilon: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     results = _results(q, k, v, normaliser)
-    call, kept = _call(q, k, v, log_decay, beta, S, z, normaliser, minimum, epsilon)
+    operands = (q, k, v, log_decay, beta, S, z, normaliser, minimum, epsilon)
+    return tuple(_run_walk(operands, results, q.shape[3]))
+
+
+def _run_walk(
+    operands: tuple[Any, ...], results: Walked, features: int, maps: tuple[Map, Map] | None = None
+) -> Walked:
+    call, kept = _call(*operands)
+    call.features = features
+    if maps is not None:
+        call.query_map, call.key_map = maps
     call.out, call.last_state = results.out.data_ptr(), results.S.data_ptr()
-    if normaliser:
+    if call.normaliser:
         call.weight, call.last_total = results.weight.data_ptr(), results.z.data_ptr()
     _run("walk", call)
     del kept
-    return tuple(results)
+    return results
 
 
 def _gradients(

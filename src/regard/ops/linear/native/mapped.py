@@ -1,0 +1,110 @@
+"""A walk that makes its features itself, where no gradient is needed and nobody looks on.
+
+In torch, features of queries and keys are tensors of their own: of twice the width for Hedgehog,
+and even unit keys and scaled queries are two passes through fresh memory. In C they are made a
+block of tokens at a time (`mapped.h`) and read from the cache; they are the same bits. With
+gradients that is done where a forward is made again in its backward pass (`blocks.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.ops.linear.native.activate import KINDS
+from regard.ops.linear.native.decode import untraced
+from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER, Map
+from regard.ops.linear.native.walk import walk_mapped
+from regard.ops.linear.problem import Feature, Problem, Solution, Solve
+
+_PLAIN = {"identity": 0, "unit": 2, "relu": 3}  # of call.h
+_TIMES, _LEARNED = 1, 4
+_LANES = 16  # columns of a weight come in multiples of the widest vector
+_NUMBERS = (type(None), float, int)
+
+
+def in_walk(solve: Solve) -> Solve:
+    """`solve`, but for problems whose maps a walk can make itself."""
+    return lambda problem: _walk(problem) if serves(problem) else solve(problem)
+
+
+def serves(problem: Problem) -> bool:
+    """Whether it is a causal problem of float32 tokens with such maps and without gradients."""
+    maps, q = (problem.query_map, problem.key_map), problem.q
+    return (
+        problem.causal
+        and q.dtype == torch.float32
+        and q.shape[2] == problem.k.shape[2] > 0
+        and q.numel() > 0
+        and problem.v.numel() > 0
+        and problem.key_mask is None
+        and type(problem.scale) in _NUMBERS
+        and (any(map.name != "identity" for map in maps) or problem.scale is not None)
+        and all(_known(map) for map in maps)
+        and not any(x.requires_grad and torch.is_grad_enabled() for m in maps for x in m.weights)
+        and untraced(problem, problem.S, problem.z)
+    )
+
+
+def _known(feature: Feature) -> bool:
+    if feature.name in _PLAIN:
+        return True
+    kind, weight = _learned(feature)[0], _weight(feature)
+    return kind in KINDS and weight is not None and weight.shape[2] % _LANES == 0
+
+
+def _learned(feature: Feature) -> tuple[str, bool, bool]:
+    """Activation, whether both halves are there, whether it is shifted."""
+    prefix, _, name = feature.name.partition(":")
+    kind = name.removesuffix(":half").removesuffix("_shifted")
+    return kind if prefix == "hedgehog" else "", not name.endswith(":half"), "_shifted" in name
+
+
+def _weight(feature: Feature) -> Tensor | None:
+    return getattr(feature.apply, "keywords", {}).get("weight")
+
+
+def _map(feature: Feature, inner: int, scale: float) -> tuple[Map, list[Tensor]]:
+    """What C is told, and the tensors that must live as long."""
+    if feature.name in _PLAIN:
+        kind = _PLAIN[feature.name] or (_TIMES if scale != 1.0 else 0)
+        return Map(kind=kind, inner=inner, scale=scale), []
+    weight, bias = _weight(feature), feature.apply.keywords["bias"]
+    assert weight is not None
+    kept = [weight.detach().to(torch.float32).contiguous()]
+    columns = weight.shape[2]
+    if bias is not None:
+        rows = bias.detach().to(torch.float32).reshape(bias.shape[0], -1)
+        kept.append(rows.expand(-1, columns).contiguous())
+    name, full, shifted = _learned(feature)
+    found = Map(
+        kind=_LEARNED, inner=inner, name=KINDS[name], full=full, shifted=shifted,
+        skip=feature.apply.keywords["skip"], weights=weight.shape[0], columns=columns, scale=scale,
+        weight=kept[0].data_ptr(),
+    )  # fmt: skip
+    if bias is not None:
+        found.biases, found.bias = kept[1].shape[0], kept[1].data_ptr()
+    return found, kept
+
+
+def _walk(problem: Problem) -> Solution:
+    minimum, scale = problem.minimum, problem.scale
+    normaliser = NO_NORMALISER
+    if problem.normaliser is not None:
+        normaliser = BY_SUM if minimum is None else BY_CLAMP
+    inner, heads = problem.q.shape[3], problem.k.shape[1]
+    log_decay, beta = problem.log_decay, problem.beta
+    if log_decay is not None:
+        log_decay = log_decay.expand(-1, heads, *log_decay.shape[2:])
+    if beta is not None:
+        beta = beta.expand(-1, heads, -1)
+    of_q, weights_q = _map(problem.query_map, inner, 1.0 if scale is None else float(scale))
+    of_k, weights_k = _map(problem.key_map, inner, 1.0)
+    walked = walk_mapped(
+        problem.q, problem.k, problem.v, log_decay, beta, problem.S, problem.z, normaliser,
+        minimum or 0.0, problem.epsilon, problem.key_map.width(inner), (of_q, of_k),
+    )  # fmt: skip
+    del weights_q, weights_k
+    if not problem.wants_state:
+        return Solution(walked.out)
+    return Solution(walked.out, walked.S, walked.z if normaliser else None)
