@@ -125,7 +125,7 @@ def attend(
         raise reject("attend", "plan", "a BlockPlan", plan, kind=TypeError)
     plan.validate(q, k)
     return block_sparse_attention(
-        q, k, v, plan.levels.to(q.device), block_q=plan.block_q, block_k=plan.block_k,
+        q, k, v, plan.for_attention().to(q.device), block_q=plan.block_q, block_k=plan.block_k,
         causal=causal, scale=scale, key_mask=key_mask, impl=impl,
     )  # fmt: skip
 

@@ -59,6 +59,21 @@ def test_a_full_plan_is_dense_attention(block: tuple[int, int], causal: bool):
     assert relative_error(out, softmax_attention(q, k, v, causal=causal)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "impl", ["reference", "eager", pytest.param("native", marks=pytest.mark.requires("native"))]
+)
+def test_a_plan_of_bools_is_one_of_zeros_and_ones(impl: str):
+    q, k, v = tensors(T=50, S=70, D=16, Dv=16, dtype=torch.float32)
+    levels = levels_for(50, 70, 16, 16, 2, seed=3).clamp(max=1)
+    found, expected = (
+        block_sparse_attention(q, k, v, plan, block_q=16, block_k=16, impl=impl)
+        for plan in (levels.bool(), levels)
+    )
+    assert torch.equal(found, expected)
+    with pytest.raises(TypeError, match="selected must be a tensor of integers"):
+        selected_attention(q, k, v, torch.ones(1, 1, 50, 1).bool(), block=16)
+
+
 def test_equal_tokens_weigh_the_same_pooled():
     q, k, v = tensors(T=96, S=96, D=8, Dv=8)
     k, v = (x[:, :, ::8].repeat_interleave(8, 2) for x in (k, v))
@@ -175,6 +190,18 @@ class TestPlan:
     def plan(self) -> BlockPlan:
         levels = levels_for(50, 50, 16, 16, 2, seed=0)
         return BlockPlan(levels, 50, 50, 16, 16, grid=(5, 10))
+
+    def test_for_attention_is_bool_where_nothing_is_pooled(self):
+        kept = torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int8)
+        plan = BlockPlan(kept, 16, 16, 8, 8)
+        assert plan.for_attention().dtype == torch.bool
+        assert torch.equal(plan.for_attention(), plan.levels.bool())
+        kept[..., 0] = 4  # somebody writes to a plan
+        assert torch.equal(plan.for_attention(), kept)
+        assert self.plan().for_attention().dtype == torch.int8
+        with torch.inference_mode():  # such tensors do not count what is written to them
+            plan = BlockPlan(kept.clone().clamp(max=1), 16, 16, 8, 8)
+        assert plan.for_attention().dtype == torch.int8
 
     def test_density_is_the_work(self):
         levels = torch.tensor([[[[1, 0], [2, 4]]]])

@@ -26,7 +26,8 @@ def arguments(
     kind: str = "levels", batch: int = 1, heads: int = 2, key_heads: int = 2, T: int = 40,
     S: int | None = None, D: int = 16, E: int = 16, block_q: int = 16, block_k: int = 16,
     plans: tuple[int, int] = (1, 1), highest: int = 5, count: int = 3, bias: int = 0,
-    mask: bool = False, scales: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32,
+    mask: bool = False, scales: bool = False, kept: bool = False, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Those of one call, float32 numbers; masked keys are junk."""
@@ -42,6 +43,8 @@ def arguments(
     if kind == "levels":
         given["levels"] = LEVELS[torch.randint(highest, (*plans, nq, blocks), generator=g)]
         given |= {"block_q": block_q, "block_k": block_k}
+        if kept:
+            given["levels"] = given["levels"] > 0
     elif kind == "indices":
         given["selected"] = torch.randint(-1, blocks, (*plans, nq, count), generator=g)
         given |= {"block_q": block_q, "block": block_k}
@@ -90,6 +93,7 @@ def check(**case: Any) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
+    "kept or not": {"kept": True, "heads": 4, "plans": (1, 4), "causal": True},
     "levels": {"heads": 1, "key_heads": 1, "T": 50},
     "causal, more keys": {"T": 20, "S": 45, "causal": True, "D": 11, "E": 9, "key_heads": 1},
     "causal, more queries": {"T": 45, "S": 20, "causal": True, "scales": True, "plans": (1, 2)},
@@ -263,6 +267,60 @@ def under_vmap() -> tuple[Tensor, Tensor]:
         return block_sparse_attention(q, k, v, **plan, impl="triton")
 
     return torch.func.vmap(one)(q, k, v), torch.stack([one(*x) for x in zip(q, k, v, strict=True)])
+
+
+@pytest.mark.parametrize("bias", [0, 1])
+def test_the_shorter_way_gives_the_same_bits(bias: int) -> None:
+    case = {"heads": 1, "key_heads": 1, "T": 20, "bias": bias}
+    (seen, watched), (shorter, direct) = interpreted("ops.test_block_sparse_triton:both_ways", case)
+    assert seen == ["regard.block_sparse_triton_fwd", "regard.block_sparse_triton_bwd"]
+    assert shorter == []
+    assert all(torch.equal(a, b) for a, b in zip(watched, direct, strict=True))
+
+
+def both_ways(case: dict[str, Any]) -> list[tuple[list[str], list[Tensor]]]:
+    """Operators that were called, outputs and gradients: while somebody looks on, and without."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from regard.ops.block_sparse.triton import registered
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.namespace == "regard":
+                called.append(func.name().replace("::", "."))
+            return func(*args, **(kwargs or {}))
+
+    found: list[tuple[list[str], list[Tensor]]] = []
+    called: list[str] = []
+    with Watch():
+        out, grads = differentiated(case, "triton")
+    found.append((called.copy(), [out, *grads.values()]))
+    called.clear()
+    names = "block_sparse_triton", "_gradient"
+    kept = [getattr(registered, name) for name in names]
+    try:
+        for name in names:
+            setattr(registered, name, lambda *given: called.append("by torch"))
+        out, grads = differentiated(case, "triton")
+    finally:
+        for name, op in zip(names, kept, strict=True):
+            setattr(registered, name, op)
+    found.append((called, [out, *grads.values()]))
+    return found
+
+
+def test_a_second_derivative_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        interpreted("ops.test_block_sparse_triton:twice")
+
+
+def twice() -> None:
+    """The derivative of a gradient."""
+    given = arguments(heads=1, key_heads=1, T=8)
+    q = given.pop("q").requires_grad_()
+    out = block_sparse_attention(q, **given, impl="triton")
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    first.sum().backward()
 
 
 def test_parts_depend_on_lengths_alone() -> None:

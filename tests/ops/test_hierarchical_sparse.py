@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from golden_files import parts, settings
-from ops.samples import tensors
+from ops.samples import megabytes_over_inputs, tensors
 from regard.core.budgets import relative_error
 from regard.ops import (
     block_mask,
@@ -262,3 +262,10 @@ def test_speed_at_16k() -> None:
             run()
             found.append(time.process_time() - before)
     assert min(times[1]) > 3 * min(times[0]), times
+
+
+@pytest.mark.slow
+def test_memory_at_16k() -> None:
+    op = "regard.ops:hierarchical_sparse_attention"
+    used = megabytes_over_inputs(op, 16384, options="block=256, budget=2048")
+    assert used < 16384**2 * 4 / 2**20 / 4, used  # a quarter of one head's map

@@ -44,7 +44,7 @@ def block_sparse_attention(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b hk s d"],
     v: Float[Tensor, "b hk s dv"],
-    levels: Int[Tensor, "#b #h nq nk"],
+    levels: Int[Tensor, "#b #h nq nk"] | Bool[Tensor, "#b #h nq nk"],
     *,
     block_q: int = 128,
     block_k: int = 128,
@@ -73,7 +73,8 @@ def block_sparse_attention(
         q, k, v: [B, H, T, D], [B, Hk, S, D], [B, Hk, S, Dv]; H a multiple of Hk.
         levels: integers in {0, 1, 2, 4, 8}, [B or 1, H or Hk or 1, ceil(T / block_q),
             ceil(S / block_k)]; only levels that divide block_k. Plain data: another plan
-            compiles nothing. No gradient.
+            compiles nothing. No gradient. Or bool, True for level 1: where nothing is pooled a
+            GPU starts fewer kernels.
         causal: query i stands at key i + S - T and sees what ends there or before: of a pooled
             row all tokens must lie in its past.
         scale: None is D ** -0.5; a number, a tensor [] or one per head [H].
@@ -110,7 +111,7 @@ def block_sparse_attention(
     sizes = _check(op, q, k, v, block_q, block_k, causal, scale, key_mask, key_bias, window)
     check_choice(op, "tail", tail, TAILS)
     nq, nk = -(-sizes.T // block_q), -(-sizes.S // block_k)
-    _check_plan(op, "levels", levels, sizes, (nq, nk), q)
+    _check_plan(op, "levels", levels, sizes, (nq, nk), q, (*_INTEGERS, torch.bool))
     call = Call(
         q, k, v, levels, False, block_q, block_k, causal, scale, key_mask, key_bias, window,
         tail == "replicate",
@@ -207,8 +208,9 @@ def _check(
 
 
 def _check_plan(
-    op: str, name: str, plan: Any, sizes: Sizes, shape: tuple[int, int], like: Tensor
-) -> None:
-    if not isinstance(plan, Tensor) or plan.dtype not in _INTEGERS:
+    op: str, name: str, plan: Any, sizes: Sizes, shape: tuple[int, int], like: Tensor,
+    kinds: tuple[torch.dtype, ...] = _INTEGERS,
+) -> None:  # fmt: skip
+    if not isinstance(plan, Tensor) or plan.dtype not in kinds:
         raise reject(op, name, "a tensor of integers", plan, kind=TypeError)
     check_shape(op, name, plan, ((1, sizes.B), (1, sizes.Hk, sizes.H), *shape), like)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from regard.ops.block_sparse.files import read_plan, write_plan
 
 LEVELS = (0, 1, 2, 4, 8)
 _KIND = "regard block plan 1"
+
+
+def _version(levels: Tensor) -> int | None:
+    """Counts what is written to a tensor; None for those that do not count."""
+    return None if levels.is_inference() else levels._version
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class BlockPlan:
     block_q: int = 128
     block_k: int = 128
     grid: tuple[int, ...] = ()
+    _flat: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.levels, Tensor) or self.levels.is_floating_point():
@@ -58,7 +64,16 @@ class BlockPlan:
                 f"BlockPlan: levels must be in {allowed} for blocks of {self.block_k} keys, got "
                 f"{sorted(set(found) - set(allowed))[:5]}"
             )
-        object.__setattr__(self, "levels", self.levels.to(torch.int8))
+        levels = self.levels.to(torch.int8)
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "_flat", None if max(found, default=0) > 1 else _version(levels))
+
+    def for_attention(self) -> Tensor:
+        """`levels` as `block_sparse_attention` has the least work with: bool, the same memory,
+        if none is above 1 and nobody has written to it since."""
+        if self._flat is None or torch.compiler.is_compiling():  # which knows of no writing
+            return self.levels
+        return self.levels.view(torch.bool) if self._flat == _version(self.levels) else self.levels
 
     def validate(self, q: Tensor, k: Tensor, grid: tuple[int, ...] | None = None) -> BlockPlan:
         """Itself, if it fits these queries and keys (and this grid); ValueError otherwise."""

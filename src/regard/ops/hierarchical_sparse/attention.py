@@ -98,7 +98,7 @@ def token_sparse_attention(
             out = _repeated(sparse, k, v, indices.long(), block, left, causal, scale, S - T)
         if not instruction:
             return out
-        everything = q.new_ones(1, 1, -(-instruction // 64), -(-S // 128), dtype=torch.int8)
+        everything = q.new_ones(1, 1, -(-instruction // 64), -(-S // 128), dtype=torch.bool)
         rows = block_sparse_attention(
             q[:, :, blocked:], k, v, everything, block_q=64, block_k=128, **given
         )

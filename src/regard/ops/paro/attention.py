@@ -118,7 +118,7 @@ def axis_order_attention(
             out = attend_quantised(queries * factor, keys, values, kept != 0, block, quant)
         else:
             call = Call(
-                queries, keys, values, (kept != 0).to(torch.int8), False, block, block, False,
+                queries, keys, values, kept != 0, False, block, block, False,
                 scale, None, None, None, False,
             )  # fmt: skip
             out = choose(op, FORMS, impl, call).run(call)

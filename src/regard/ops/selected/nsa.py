@@ -134,7 +134,7 @@ def attention(
     """Causal softmax attention: a plan that leaves nothing out."""
     (H, T), (Hk, S) = q.shape[1:3], k.shape[1:3]
     block_q = max(1, min(128, 1024 // max(1, H // max(1, Hk))))
-    levels = torch.ones(1, 1, -(-T // block_q), -(-S // 128), dtype=torch.int8, device=q.device)
+    levels = torch.ones(1, 1, -(-T // block_q), -(-S // 128), dtype=torch.bool, device=q.device)
     return block_sparse_attention(
         q, k, v, levels, block_q=block_q, block_k=128, causal=True, scale=scale, window=window
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from regard.core.attention_pair import attention_pair
 from regard.ops.block_sparse.native import walk
 from regard.ops.block_sparse.native.library import BOXES
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, int block, int halo, SymInt[] size, SymInt[] inside"
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, int block, int halo, SymInt[] size, SymInt[] inside, float scale"
+)
 
 
 def remainders(x: Tensor, block: int, axis: int) -> Tensor:
@@ -83,17 +86,19 @@ def _lists(
     return walk.Lists(numbers, tensors, pairs * (queries // lists))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *settings) -> tuple[Tensor, Tensor]:
-    found = walk.forward("halo_attention", q, k, v, None, _lists(q, *settings))
+def _forward(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *places, scale = settings
+    found = walk.forward("halo_attention", q, k, v, None, _lists(q, *places), scale)
     assert found is not None  # boxes hold no values that could be wrong
     return found
 
 
 def _backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings
+    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
 ) -> tuple[Tensor, ...]:
-    lists = _lists(q, *settings)
-    return walk.backward("halo_attention", d_out, out, lse, q, k, v, None, lists)[:3]
+    *places, scale = settings
+    lists = _lists(q, *places)
+    return walk.backward("halo_attention", d_out, out, lse, q, k, v, None, lists, scale)[:3]
 
 
 halo_boxes = attention_pair("halo_native", _ARGUMENTS, _forward, _backward)

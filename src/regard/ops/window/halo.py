@@ -96,14 +96,16 @@ def halo_attention(
         q = q.to(dtype).flatten(0, 1)
         q = pad(q, (0, 0, 0, right * side - columns, 0, down * side - rows))
         q = q.view(-1, down, side, right, side, D).transpose(2, 3).contiguous()
-        scaled = q * D**-0.5
         boxes = native.unavailable(q, k) is None and dtype == torch.float32
+        # C scales: torch would divide it between its threads, which then spin beside ours.
+        scaled, scale = (q, D**-0.5) if boxes else (q * D**-0.5, 1.0)
         window = block + 2 * halo
         if rel_h is not None and rel_w is not None:
             asking = scaled if scale_rel else q
             step = stride if rel_index == "exact" else 1
+            share = 1.0 if scale_rel else scale  # of the tables, which are small
             by_row, by_column = (
-                _placed(table.to(dtype), side, window, step) for table in (rel_h, rel_w)
+                _placed(table.to(dtype) / share, side, window, step) for table in (rel_h, rel_w)
             )
             high = torch.einsum("nuvyxd,yjd->nuvyxj", asking, by_row)
             wide = torch.einsum("nuvyxd,xjd->nuvyxj", asking, by_column)
@@ -115,7 +117,7 @@ def halo_attention(
         if boxes:
             size = [down * block, right * block]
             rows_of = (scaled.flatten(1, 4), k.flatten(1, 2), v.flatten(1, 2))
-            out = halo_boxes(*(x[:, None] for x in rows_of), block, halo, size, inside)[0]
+            out = halo_boxes(*(x[:, None] for x in rows_of), block, halo, size, inside, scale)[0]
         else:
             out = halo_blocks(scaled.flatten(3, 4), k, v, block, halo, inside)[0]
         out = out.view(-1, down, right, side, side, v.shape[3]).transpose(2, 3)

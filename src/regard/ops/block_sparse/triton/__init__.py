@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regard import gpu
 from regard.core.dispatch import Form
-from regard.ops.block_sparse.triton.registered import block_sparse_triton
+from regard.ops.block_sparse.triton.registered import attention
 
 if TYPE_CHECKING:
     from regard.ops.block_sparse.forms import Call
@@ -73,9 +73,7 @@ def attend(
             q = (q.float() * ratio).to(q.dtype)
     elif scale is not None:
         factor = float(scale)
-    return block_sparse_triton(
-        q, k, v, bias, plan, scales, indices, *blocks, *reach, factor
-    )[0]  # fmt: skip
+    return attention(q, k, v, bias, plan, scales, indices, *blocks, *reach, factor)
 
 
 def _replicated(call: Call) -> str | None:

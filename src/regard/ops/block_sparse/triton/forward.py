@@ -16,14 +16,17 @@ import triton
 import triton.language as tl
 
 from regard.gpu.inside import head_of
-from regard.ops.block_sparse.triton.tile import LN2, LOG2E, rows_at, visible, weight_of_group
+from regard.ops.block_sparse.triton.tile import LN2, LOG2E, rows_at, visible
 from regard.ops.block_sparse.triton.walk import (
     clear_start,
     clear_tile,
     level_one,
     list_of_queries,
-    pooled_cut_row,
-    pooled_row,
+    pooled_cut_seen,
+    pooled_cut_tile,
+    pooled_rows,
+    pooled_tile,
+    pooled_weight,
     rows_of_queries,
 )
 
@@ -142,24 +145,20 @@ def forward_kernel(
         )
         sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
     if POOLED:
-        pooled = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
-        coarse_k += (b * HK + kv).to(tl.int64) * pooled * D
-        coarse_v += (b * HK + kv).to(tl.int64) * pooled * E
+        coarse_k = pooled_rows(coarse_k, b * HK + kv, S, D)
+        coarse_v = pooled_rows(coarse_v, b * HK + kv, S, E)
         if HAS_BIAS:
-            weights += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * pooled
+            weights = pooled_rows(weights, head_of(b * HK + kv, HK, BIAS_HEADS), S, 1)
         for power in tl.range(1, 4):
-            level = 1 << power
-            R = BLOCK_K // level
             at = tl.load(ends + power - 1)
             count = tl.load(ends + power) - at
-            for n in tl.range(split, tl.cdiv(count * R, NC), SPLITS):
-                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, NC)
-                keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
-                values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+            for n in tl.range(split, tl.cdiv(count * (BLOCK_K >> power), NC), SPLITS):
+                keys, values, rows, known = pooled_tile(
+                    n, entries + at, count, power, coarse_k, coarse_v, S,
+                    BLOCK_K, NC, D, DP, E, EP,
+                )  # fmt: skip
                 s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
-                added = power * 1.0
-                if HAS_BIAS:
-                    added = tl.load(weights + rows, mask=known, other=0.0)
+                added = pooled_weight(power, weights, rows, known, HAS_BIAS)
                 p, top, total, shrink = _online(
                     s, factor, of_row, added, known[None, :], top, total, not HAS_BIAS, True
                 )
@@ -169,18 +168,14 @@ def forward_kernel(
         at = tl.load(ends + 4)
         count = tl.load(ends + 7) - at
         for n in tl.range(split, tl.cdiv(count * (BLOCK_K // 2), NC), SPLITS):
-            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, NC)
-            keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
-            values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
-            s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
-            last = tl.minimum(token + level, S) - 1
-            seen = known[None, :] & visible(
-                token[None, :], last[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+            keys, values, rows, token, level, known = pooled_cut_tile(
+                n, entries + at, count, coarse_k, coarse_v, S, BLOCK_K, NC, D, DP, E, EP
             )
-            if HAS_BIAS:
-                added = tl.load(weights + rows, mask=known, other=0.0)
-            else:
-                added = weight_of_group(level, token, S)
+            s = tl.dot(x, tl.trans(keys), input_precision=PRECISION)
+            added, seen = pooled_cut_seen(
+                rows, token, level, known, weights, position, S, left, right,
+                HAS_BIAS, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
             p, top, total, shrink = _online(s, factor, of_row, added, seen, top, total, False, True)
             sums = tl.dot(
                 p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION

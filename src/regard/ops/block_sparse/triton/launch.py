@@ -14,9 +14,9 @@ from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.block_sparse.pyramid import POOLED
 from regard.ops.block_sparse.triton import table
 from regard.ops.block_sparse.triton.forward import combine_kernel, forward_kernel
-from regard.ops.block_sparse.triton.lists import clear_kernel, lists_kernel
-from regard.ops.block_sparse.triton.of_keys import keys_kernel
-from regard.ops.block_sparse.triton.of_queries import prepare_kernel, queries_kernel
+from regard.ops.block_sparse.triton.lists import lists_kernel
+from regard.ops.block_sparse.triton.of_keys import coarse_keys_kernel, keys_kernel
+from regard.ops.block_sparse.triton.of_queries import queries_kernel
 from regard.ops.block_sparse.triton.pooling import pooling_kernel
 from regard.ops.block_sparse.triton.table import Config, config
 
@@ -44,12 +44,12 @@ class Lists(NamedTuple):
 
 
 class Coarse(NamedTuple):
-    """Pooled rows of all levels, what they weigh (with biases), and whether a plan has any."""
+    """Pooled rows of all levels, what they weigh (with biases), and how many a list has."""
 
     k: Tensor
     v: Tensor
     weights: Tensor | None
-    some: Tensor
+    some: Tensor | None
 
 
 class Launcher:
@@ -70,9 +70,10 @@ class Launcher:
         self.members = group if self.PH in (1, self.HK) else 1
         self.block_q, self.block_k = settings.block_q, settings.block_k
         self.levels = (1,)
-        if plan is not None and not settings.indices:
+        if plan is not None and not settings.indices and plan.dtype != torch.bool:
             self.levels = (1, *(x for x in POOLED if self.block_k % x == 0))
         self.pooled = len(self.levels) > 1
+        self.chunk = 32 if self.interpreted else table.CHUNK
         self.coarse_rows = sum(-(-self.S // level) for level in POOLED)
         self.common: dict[str, Any] = {
             "q": q, "qb": q.stride(0), "qh": q.stride(1), "qt": q.stride(2),
@@ -127,56 +128,61 @@ class Launcher:
         return {"BLOCK_Q": how.queries, "BLOCK_K": how.keys}
 
     def lists(
-        self, some: Tensor, codes: Tensor | None = None, offsets: Tensor | None = None,
-        transposed: bool = False,
-    ) -> Lists:  # fmt: skip
-        """Lists of blocks of keys, or, transposed, of queries; none for a call without a plan."""
+        self, some: Tensor | None, codes: Tensor | None = None, offsets: Tensor | None = None,
+        both: bool = False,
+    ) -> tuple[Lists, Lists]:  # fmt: skip
+        """Lists of blocks of keys and, with `both`, of queries; none for a call without a plan."""
         plan = self.plan
         if plan is None:
             nothing = self.new(1, dtype=torch.int32)
-            return Lists(nothing, nothing, None, 0)
-        nq, keys = plan.shape[2], -(-self.S // self.block_k)
-        rows, width = (keys, nq) if transposed else (nq, plan.shape[3])
-        if codes is not None:
-            width = codes.shape[1]
+            none = Lists(nothing, nothing, None, 0)
+            return none, none
+        (nq, width), keys = plan.shape[2:], -(-self.S // self.block_k)
         heads = self.PB * self.PH
-        count = heads * width * (1 if codes is not None else rows)
-        entries = self.new(count, dtype=torch.int32)
-        ends = self.new(heads * rows, 8, dtype=torch.int32)
-        steps = plan.stride(3), plan.stride(2)
-        self.start(
-            lists_kernel, heads * rows, table.ONE_WARP, plan=plan, codes=codes, offsets=offsets,
-            entries=entries, ends=ends, pooled=some, sp=plan.stride(1),
-            sr=steps[0] if transposed else steps[1], sx=steps[1] if transposed else steps[0],
-            rows=rows, width=width, blocks=keys, nq=nq, MAP=not self.settings.indices,
-            TRANSPOSED=transposed, CHUNK=32 if self.interpreted else table.CHUNK,
+        found = turned = Lists(
+            self.new(heads * nq * width, dtype=torch.int32),
+            self.new(heads * nq, 8, dtype=torch.int32), None, width,
         )  # fmt: skip
-        return Lists(entries, ends, offsets, width)
+        if both:
+            wide, rows = (nq, keys) if codes is None else (codes.shape[1], 1)
+            turned = Lists(
+                self.new(heads * rows * wide, dtype=torch.int32),
+                self.new(heads * keys, 8, dtype=torch.int32), offsets, wide,
+            )  # fmt: skip
+        self.start(
+            lists_kernel, heads * (nq + keys if both else nq), table.ONE_WARP, plan=plan,
+            codes=codes, offsets=offsets, entries=found.entries, ends=found.ends, pooled=some,
+            turned=turned.entries, turned_ends=turned.ends, sp=plan.stride(1),
+            sr=plan.stride(2), sx=plan.stride(3), lists=heads * nq, width=width,
+            wide=turned.width, blocks=keys, nq=nq, MAP=not self.settings.indices, BOTH=both,
+            CHUNK=self.chunk,
+        )  # fmt: skip
+        return found, turned
 
     def coarse(self) -> Coarse:
-        """Memory for pooled rows, and a word that says whether there are any."""
-        some = self.new(1, dtype=torch.int32)
-        if not self.pooled:
-            return Coarse(some, some, None, some)
-        self.start(clear_kernel, 1, None, pooled=some)
+        """Memory for pooled rows."""
+        if self.plan is None or not self.pooled:
+            nothing = self.new(1, dtype=torch.int32)
+            return Coarse(nothing, nothing, None, None)
         pairs, dtype = self.B * self.HK, self.q.dtype
         weights = None
         if self.bias is not None:
             weights = self.new(self.B * self.bias.shape[1], self.coarse_rows)
         return Coarse(
             self.new(pairs, self.coarse_rows, self.D, dtype=dtype),
-            self.new(pairs, self.coarse_rows, self.E, dtype=dtype), weights, some,
+            self.new(pairs, self.coarse_rows, self.E, dtype=dtype), weights,
+            self.new(self.PB * self.PH * self.plan.shape[2], dtype=torch.int32),
         )  # fmt: skip
 
     def pool(self, coarse: Coarse) -> None:
         """Fills it where a list has pooled blocks."""
-        if self.pooled:
+        if self.plan is not None and self.pooled:
             tokens = 16 if self.interpreted else table.pooled_tokens(max(self.DP, self.EP))
             tiles = -(-self.S // (tokens * table.TILES))
             self.start(
                 pooling_kernel, self.B * self.HK * tiles, None, pooled=coarse.some,
                 coarse_k=coarse.k, coarse_v=coarse.v, weights=coarse.weights, tiles=tiles,
-                N=tokens, TILES=table.TILES,
+                queries=self.plan.shape[2], N=tokens, TILES=table.TILES, CHUNK=self.chunk,
             )  # fmt: skip
 
     def of_lists(self, how: Config, lists: Lists, coarse: Coarse) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def forward(
         return out, lse
     call = Launcher(q, k, v, bias, plan, scales, settings)
     coarse = call.coarse()
-    lists = call.lists(coarse.some)
+    lists, _ = call.lists(coarse.some)
     call.pool(coarse)
     how = call.config("forward")
     width = call.S if plan is None else plan.shape[3] * call.block_k
@@ -292,44 +298,46 @@ def backward(
         return dq, dk, dv, d_bias
     call = Launcher(q, k, v, bias, plan, scales, settings)
     coarse = call.coarse()
-    lists = call.lists(coarse.some)
-    turned = call.lists(coarse.some, codes, offsets, transposed=True)
+    lists, turned = call.lists(coarse.some, codes, offsets, both=True)
     call.pool(coarse)
     rows = call.B * call.H * call.T
-    prepared = {"delta": call.new(rows), "shift": call.new(rows), "grad": grad}
-    of_grad = {"gb": grad.stride(0), "gh": grad.stride(1), "gt": grad.stride(2)}
-    call.start(
-        prepare_kernel, -(-rows // table.PREPARED), None, out=out, lse=lse, **prepared, **of_grad,
-        rows=rows, M=table.PREPARED,
-    )  # fmt: skip
+    of_grad: dict[str, Any] = {
+        "delta": call.new(rows), "shift": call.new(rows), "grad": grad,
+        "gb": grad.stride(0), "gh": grad.stride(1), "gt": grad.stride(2),
+    }  # fmt: skip
     how = call.config("queries")
     given = call.of_lists(how, lists, coarse)
     call.start(
-        queries_kernel, given["tiles"] * call.users(), how, **given, **prepared, **of_grad,
+        queries_kernel, given["tiles"] * call.users(), how, **given, **of_grad, out=out, lse=lse,
         grad_q=dq,
     )  # fmt: skip
     how = call.config("keys")
     sizes = call.blocks(how)
     blocks = -(-call.S // sizes["BLOCK_K"])
-    of_coarse = {"coarse_dk": dk, "coarse_dv": dv, "coarse_db": d_bias}  # of no use without
+    pairs = call.B * call.HK
+    of_keys = {
+        **given, **sizes, **of_grad, "entries": turned.entries, "ends": turned.ends,
+        "width": turned.width, "blocks": blocks, "M": how.queries, "OF_BIAS": of_bias,
+        "coarse_dk": dk, "coarse_dv": dv, "coarse_db": d_bias,  # of no use without levels
+    }  # fmt: skip
     if call.pooled:
-        pairs = call.B * call.HK
-        of_coarse["coarse_dk"] = call.new(pairs, call.coarse_rows, call.D)
-        of_coarse["coarse_dv"] = call.new(pairs, call.coarse_rows, call.E)
+        of_keys["coarse_dk"] = call.new(pairs, call.coarse_rows, call.D)
+        of_keys["coarse_dv"] = call.new(pairs, call.coarse_rows, call.E)
         if of_bias:
-            of_coarse["coarse_db"] = call.new(pairs, call.coarse_rows)
-    for level in reversed(call.levels):
-        count = sizes["BLOCK_K"] // level
-        wide = min(how.keys, padded(count))
-        tiles = blocks * -(-count // wide)
+            of_keys["coarse_db"] = call.new(pairs, call.coarse_rows)
+        rows_of = {level: sizes["BLOCK_K"] // level for level in call.levels[1:]}
+        wide_of = {level: min(how.keys, padded(count)) for level, count in rows_of.items()}
+        tiles = sum(-(-rows_of[level] // wide_of[level]) for level in rows_of)
         call.start(
-            keys_kernel, call.B * call.HK * tiles, how, **{**given, **sizes}
-            | {"entries": turned.entries, "ends": turned.ends, "width": turned.width,
-               "tiles": tiles, "M": how.queries, "N": wide},
-            **prepared, **of_grad, **of_coarse, pooled=coarse.some, offsets=turned.offsets,
-            grad_k=dk, grad_v=dv, grad_bias=d_bias, blocks=blocks, LEVEL=level,
-            RUNS=codes is not None, OF_BIAS=of_bias,
+            coarse_keys_kernel, pairs * blocks * tiles, how, **of_keys, pairs=pairs,
+            WIDE=tuple(wide_of.get(level, 0) for level in POOLED),
         )  # fmt: skip
+    wide = min(how.keys, padded(sizes["BLOCK_K"]))
+    tiles = blocks * -(-sizes["BLOCK_K"] // wide)
+    call.start(
+        keys_kernel, pairs * tiles, how, **{**of_keys, "tiles": tiles, "N": wide},
+        offsets=turned.offsets, grad_k=dk, grad_v=dv, grad_bias=d_bias, RUNS=codes is not None,
+    )  # fmt: skip
     PLANS.keep(key, call.steps, tensors)
     return dq, dk, dv, d_bias
 

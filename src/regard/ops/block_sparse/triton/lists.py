@@ -95,19 +95,15 @@ def _ones(part):
     return tl.where(part < 8, one, 0)
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right", "rows", "width", "blocks", "nq"])
-def lists_kernel(
-    plan, codes, offsets, entries, ends, pooled,
+@triton.jit
+def _list(
+    program, plan, codes, offsets, entries, ends, pooled,
     sp, sr, sx, T, S, left, right, rows, width, blocks, nq,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, MAP: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, MAP: tl.constexpr, TRANSPOSED: tl.constexpr, POOLED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One list: of row `program % rows` of head `program // rows` of the plan.
-
-    Entries of a map or of sorted indices stand at [., rows, width]; those of a transposed list of
-    indices where its codes are, [offsets[row], offsets[row + 1]) of [., width].
-    """
-    program = tl.program_id(0)
+    """One list: of row `program % rows` of head `program // rows` of the plan."""
     head = (program // rows).to(tl.int64)
     row = (program % rows).to(tl.int64)
     plan += head * sp
@@ -133,9 +129,8 @@ def lists_kernel(
         counts += ((tl.sum(_ones(part), 0) >> fields) & 255).to(tl.int32)
     upto = tl.cumsum(counts, 0)
     tl.store(ends + program.to(tl.int64) * 8 + parts, upto)
-    coarse = tl.sum(tl.where((parts % 4) > 0, counts, 0), 0)
-    if coarse > 0:
-        tl.store(pooled, 1)  # all that write it write the same
+    if POOLED:
+        tl.store(pooled + program, tl.sum(tl.where((parts % 4) > 0, counts, 0), 0))
     at = upto - counts
     for start in tl.range(begin, stop, CHUNK):
         x = start + tl.arange(0, CHUNK)
@@ -150,7 +145,30 @@ def lists_kernel(
         at += ((tl.sum(_ones(part), 0) >> fields) & 255).to(tl.int32)
 
 
-@triton.jit
-def clear_kernel(pooled):
-    """Before lists are made: no block is pooled yet."""
-    tl.store(pooled, 0)
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "lists", "width", "wide", "blocks", "nq"])
+def lists_kernel(
+    plan, codes, offsets, entries, ends, pooled, turned, turned_ends,
+    sp, sr, sx, T, S, left, right, lists, width, wide, blocks, nq,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, MAP: tl.constexpr, BOTH: tl.constexpr, POOLED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One list: the first `lists` programs those of queries, others, with BOTH, those of keys.
+
+    Entries of a map or of sorted indices stand at [., rows, width]; those of a transposed list of
+    indices where its codes are, [offsets[row], offsets[row + 1]) of [., wide]. `pooled`, of a list
+    of queries: how many blocks it has that are not of level 1.
+    """
+    program = tl.program_id(0)
+    if program < lists:
+        _list(
+            program, plan, codes, offsets, entries, ends, pooled,
+            sp, sr, sx, T, S, left, right, nq, width, blocks, nq,
+            BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT, MAP, False, POOLED, CHUNK,
+        )  # fmt: skip
+    elif BOTH:
+        _list(
+            program - lists, plan, codes, offsets, turned, turned_ends, pooled,
+            sp, sx, sr, T, S, left, right, blocks, wide, blocks, nq,
+            BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT, MAP, True, False, CHUNK,
+        )  # fmt: skip

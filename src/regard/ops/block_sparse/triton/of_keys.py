@@ -120,6 +120,17 @@ def _handed_level(
 
 
 @triton.jit
+def _blocks_of_level(ends, of_next, PLANS: tl.constexpr, POWER: tl.constexpr):
+    """How many blocks of a level > 1 the lists of all heads of one block of keys have."""
+    some = 0
+    for member in tl.static_range(PLANS):
+        at = ends + member * of_next
+        some += tl.load(at + POWER) - tl.load(at + POWER - 1)
+        some += tl.load(at + POWER + 4) - tl.load(at + POWER + 3)
+    return some
+
+
+@triton.jit
 def _handed(
     dk, dv, column, coarse_dk, coarse_dv, coarse_db, coarse_k, coarse_v, bias, weights,
     keys, values, j, known, ends, of_plan, of_next, S,
@@ -132,13 +143,8 @@ def _handed(
     db_t = s_t (db_r + dk_r . (k_t - k_r) + dv_r . (v_t - v_r)).
     """
     for power in tl.static_range(1, 4):
-        if BLOCK_K % (1 << power) == 0:
-            some = 0
-            for member in tl.static_range(PLANS):
-                at = ends + of_plan + member * of_next
-                some += tl.load(at + power) - tl.load(at + power - 1)
-                some += tl.load(at + power + 4) - tl.load(at + power + 3)
-            if some > 0:
+        if BLOCK_K % (1 << power) == 0:  # noqa: SIM102 - known when it is compiled
+            if _blocks_of_level(ends + of_plan, of_next, PLANS, power) > 0:
                 dk, dv, column = _handed_level(
                     dk, dv, column, coarse_dk, coarse_dv, coarse_db, coarse_k, coarse_v, bias,
                     weights, keys, values, j, known, S, 1 << power, D, DP, E, EP, HAS_BIAS,
@@ -147,9 +153,9 @@ def _handed(
     return dk, dv, column
 
 
-@triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "blocks"])
-def keys_kernel(
-    q, k, v, bias, pooled, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
+@triton.jit
+def _of_level(
+    program, q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
     grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, tiles, blocks,
@@ -162,19 +168,13 @@ def keys_kernel(
     OF_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [B HK, S, .] of level 1, or, in float32, of the pooled rows of one level.
-
-    RUNS: lists stand where `offsets` says, not at [., blocks, width].
-    """
-    if LEVEL > 1:  # noqa: SIM102 - known when it is compiled; the rest when it runs
-        if tl.load(pooled) == 0:
-            return
+    """Gradients of N rows of one block of keys at one level."""
     ROWS: tl.constexpr = BLOCK_K // LEVEL
     PER_BLOCK: tl.constexpr = (ROWS + N - 1) // N
     PLANS: tl.constexpr = H // HK // MEMBERS  # lists of different heads for one key head
     POWER: tl.constexpr = 0 if LEVEL == 1 else 1 if LEVEL == 2 else 2 if LEVEL == 4 else 3
-    pair = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
+    pair = program // tiles
+    tile = program % tiles
     block = tile // PER_BLOCK
     b = pair // HK
     kv = pair % HK
@@ -201,6 +201,9 @@ def keys_kernel(
         if POOLED:
             weights += head_of(pair, HK, BIAS_HEADS).to(tl.int64) * count
     if LEVEL > 1:
+        of_plan = (plan_head(b, kv * (H // HK), kv, SHARE, PH, H, HK) * blocks + block) * 8
+        some = _blocks_of_level(ends + of_plan, blocks * 8, PLANS, POWER)
+        known = known & (first_token < tl.where(some > 0, S, 0))  # nothing is read for nobody
         source_k = coarse_k
         source_v = coarse_v
         row += first_pooled_row(LEVEL, S)
@@ -333,6 +336,67 @@ def keys_kernel(
         _put(coarse_dv, row.to(tl.int64) * E, known, dv, E, EP)
         if OF_BIAS:
             tl.store(coarse_db + row, column, mask=known)
+
+
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "blocks"])
+def keys_kernel(
+    q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
+    grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
+    T, S, left, right, width, tiles, blocks,
+    H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    RANGES: tl.constexpr, POOLED: tl.constexpr, RUNS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OF_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients [B HK, S, .] of keys, values and biases.
+
+    RUNS: lists stand where `offsets` says, not at [., blocks, width].
+    """
+    _of_level(
+        tl.program_id(0), q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets,
+        scales, grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
+        qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
+        T, S, left, right, width, tiles, blocks, H, HK, SHARE, PH, BIAS_HEADS, MEMBERS,
+        BLOCK_Q, BLOCK_K, 1, D, DP, E, EP, M, N, RANGES, POOLED, RUNS, HAS_BIAS, OF_BIAS,
+        HAS_SCALES, HAS_LEFT, HAS_RIGHT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "pairs", "blocks"])
+def coarse_keys_kernel(
+    q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, scales,
+    grad, delta, shift, coarse_dk, coarse_dv, coarse_db,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
+    T, S, left, right, width, pairs, blocks,
+    H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    M: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, OF_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of pooled rows, in float32; WIDE: rows of a tile by level 2, 4, 8, 0 for none."""
+    program = tl.program_id(0)
+    for power in tl.static_range(1, 4):
+        if WIDE[power - 1] > 0:
+            tiles = blocks * ((BLOCK_K // (1 << power) + WIDE[power - 1] - 1) // WIDE[power - 1])
+            if (program >= 0) & (program < pairs * tiles):
+                _of_level(
+                    program, q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, None,
+                    scales, grad, delta, shift, None, None, None, coarse_dk, coarse_dv, coarse_db,
+                    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
+                    T, S, left, right, width, tiles, blocks, H, HK, SHARE, PH, BIAS_HEADS,
+                    MEMBERS, BLOCK_Q, BLOCK_K, 1 << power, D, DP, E, EP, M, WIDE[power - 1],
+                    False, True, False, HAS_BIAS, OF_BIAS, HAS_SCALES, HAS_LEFT, HAS_RIGHT,
+                    PRECISION,
+                )  # fmt: skip
+            program -= pairs * tiles
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The gradient of queries, over the same lists as the forward; and what both gradients need first.
+"""The gradient of queries, over the same lists as the forward; and what keys need of queries.
 
 With the weights p,
 
@@ -14,36 +14,28 @@ import triton
 import triton.language as tl
 
 from regard.gpu.inside import head_of
-from regard.ops.block_sparse.triton.tile import LOG2E, rows_at, visible, weight_of_group
+from regard.ops.block_sparse.triton.tile import LOG2E, rows_at, visible
 from regard.ops.block_sparse.triton.walk import (
     clear_start,
     clear_tile,
     level_one,
     list_of_queries,
-    pooled_cut_row,
-    pooled_row,
+    pooled_cut_seen,
+    pooled_cut_tile,
+    pooled_rows,
+    pooled_tile,
+    pooled_weight,
     rows_of_queries,
 )
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
-def prepare_kernel(
-    out, grad, lse, delta, shift, gb, gh, gt, T, rows,
-    H: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _of_rows(grad, out, lse):
     """delta_i, and log-sum-exp in bits: inf where nothing is seen or no loss looks."""
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    there = row < rows
-    pair = row // T
-    places = (pair // H).to(tl.int64) * gb + (pair % H).to(tl.int64) * gh
-    places += (row % T).to(tl.int64) * gt
-    g = rows_at(grad, places, there, E, EP).to(tl.float32)
-    o = rows_at(out, row.to(tl.int64) * E, there, E, EP).to(tl.float32)
-    level = tl.load(lse + row, mask=there, other=0.0)
-    idle = (tl.max(tl.abs(g), 1) == 0) | (level == float("-inf"))
-    found = tl.sum(tl.where(idle[:, None], 0.0, g * o), 1)
-    tl.store(delta + row, found, mask=there)
-    tl.store(shift + row, tl.where(idle, float("inf"), level * LOG2E), mask=there)
+    grad = grad.to(tl.float32)
+    idle = (tl.max(tl.abs(grad), 1) == 0) | (lse == float("-inf"))
+    delta = tl.sum(tl.where(idle[:, None], 0.0, grad * out.to(tl.float32)), 1)
+    return delta, tl.where(idle, float("inf"), lse * LOG2E)
 
 
 @triton.jit
@@ -67,7 +59,7 @@ def _slopes(
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "queries"])
 def queries_kernel(
     q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, scales,
-    grad, delta, shift, grad_q,
+    grad, out, lse, delta, shift, grad_q,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, tiles, queries,
     H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
@@ -79,7 +71,7 @@ def queries_kernel(
     HAS_SCALES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries [B, H, T, D]."""
+    """Gradients of queries [B, H, T, D]; delta and log-sum-exp in bits [B, H, T] for keys."""
     program = tl.program_id(0)
     user = program // tiles
     rest = tiles - 1 - program % tiles
@@ -96,8 +88,12 @@ def queries_kernel(
     places = head.to(tl.int64) * gh + query.to(tl.int64) * gt
     g = rows_at(grad + b.to(tl.int64) * gb, places, there, E, EP)
     row = (b * H + head).to(tl.int64) * T + query
-    delta_row = tl.load(delta + row, mask=there, other=0.0)
-    shift_row = tl.load(shift + row, mask=there, other=float("inf"))
+    delta_row, shift_row = _of_rows(
+        rows_at(grad + b.to(tl.int64) * gb, places, there, E, EP),
+        rows_at(out, row * E, there, E, EP), tl.load(lse + row, mask=there, other=0.0),
+    )  # fmt: skip
+    tl.store(delta + row, delta_row, mask=there)
+    tl.store(shift + row, shift_row, mask=there)
     own = scale
     if HAS_SCALES:
         own = tl.load(scales + b * sb + h0 * sh)
@@ -144,40 +140,32 @@ def queries_kernel(
                      not HAS_BIAS, True, PRECISION)  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     if POOLED:
-        pooled = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
-        coarse_k += (b * HK + kv).to(tl.int64) * pooled * D
-        coarse_v += (b * HK + kv).to(tl.int64) * pooled * E
+        coarse_k = pooled_rows(coarse_k, b * HK + kv, S, D)
+        coarse_v = pooled_rows(coarse_v, b * HK + kv, S, E)
         if HAS_BIAS:
-            weights += head_of(b * HK + kv, HK, BIAS_HEADS).to(tl.int64) * pooled
+            weights = pooled_rows(weights, head_of(b * HK + kv, HK, BIAS_HEADS), S, 1)
         for power in tl.range(1, 4):
-            level = 1 << power
-            R = BLOCK_K // level
             at = tl.load(ends + power - 1)
             count = tl.load(ends + power) - at
-            for n in tl.range(0, tl.cdiv(count * R, NC)):
-                rows, token, known = pooled_row(n, entries + at, count, S, R, level, BLOCK_K, NC)
-                keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
-                values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
-                added = power * 1.0
-                if HAS_BIAS:
-                    added = tl.load(weights + rows, mask=known, other=0.0)
+            for n in tl.range(0, tl.cdiv(count * (BLOCK_K >> power), NC)):
+                keys, values, rows, known = pooled_tile(
+                    n, entries + at, count, power, coarse_k, coarse_v, S,
+                    BLOCK_K, NC, D, DP, E, EP,
+                )  # fmt: skip
+                added = pooled_weight(power, weights, rows, known, HAS_BIAS)
                 ds = _slopes(x, g, keys, values, factor, added, known[None, :], shift_row,
                              delta_row, not HAS_BIAS, True, PRECISION)  # fmt: skip
                 dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
         at = tl.load(ends + 4)
         count = tl.load(ends + 7) - at
         for n in tl.range(0, tl.cdiv(count * (BLOCK_K // 2), NC)):
-            rows, token, level, known = pooled_cut_row(n, entries + at, count, S, BLOCK_K, NC)
-            keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
-            values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
-            last_token = tl.minimum(token + level, S) - 1
-            seen = known[None, :] & visible(
-                token[None, :], last_token[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+            keys, values, rows, token, level, known = pooled_cut_tile(
+                n, entries + at, count, coarse_k, coarse_v, S, BLOCK_K, NC, D, DP, E, EP
             )
-            if HAS_BIAS:
-                added = tl.load(weights + rows, mask=known, other=0.0)
-            else:
-                added = weight_of_group(level, token, S)
+            added, seen = pooled_cut_seen(
+                rows, token, level, known, weights, position, S, left, right,
+                HAS_BIAS, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
             ds = _slopes(x, g, keys, values, factor, added, seen, shift_row, delta_row,
                          False, True, PRECISION)  # fmt: skip
             dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)

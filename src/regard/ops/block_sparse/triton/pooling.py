@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from regard.gpu.inside import head_of
-from regard.ops.block_sparse.triton.tile import LOG2E, first_pooled_row, rows_at
+from regard.ops.block_sparse.triton.tile import LOG2E, first_pooled_row, plan_head, rows_at
 
 
 @triton.jit
@@ -67,21 +67,37 @@ def _pool(
     _means(y, coarse_v, shares, rows, known, G, LEVEL, E, EP)
 
 
-@triton.jit(do_not_specialize=["S", "tiles"])
+@triton.jit
+def _some(pooled, lists, CHUNK: tl.constexpr):
+    """How many blocks of so many lists are pooled."""
+    counts = tl.zeros([CHUNK], tl.int32)
+    for start in tl.range(0, lists, CHUNK):
+        x = start + tl.arange(0, CHUNK)
+        counts += tl.load(pooled + x, mask=x < lists, other=0)
+    return tl.sum(counts, 0)
+
+
+@triton.jit(do_not_specialize=["S", "tiles", "queries"])
 def pooling_kernel(
     k, v, bias, pooled, coarse_k, coarse_v, weights,
-    kb, kh, kt, vb, vh, vt, S, tiles,
-    HK: tl.constexpr, BIAS_HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    kb, kh, kt, vb, vh, vt, S, tiles, queries,
+    H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
+    MEMBERS: tl.constexpr, BIAS_HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DP: tl.constexpr, EP: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Means of the groups of TILES N tokens: coarse_k [B HK, R, D], coarse_v, weights [B HB, R]."""
-    if tl.load(pooled) == 0:
-        return
+    """Means of the groups of TILES N tokens: coarse_k [B HK, R, D], coarse_v, weights [B HB, R].
+
+    Nothing where no list of the key head has a pooled block.
+    """
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     b = (pair // HK).to(tl.int64)
     h = pair % HK
+    GROUP: tl.constexpr = H // HK
+    of_plan = plan_head(b, h * GROUP, h, SHARE, PH, H, HK) * queries
+    if _some(pooled + of_plan, queries * (GROUP // MEMBERS), CHUNK) == 0:
+        return
     k += b * kb + h * kh
     v += b * vb + h * vh
     count = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)

@@ -1,7 +1,12 @@
-"""The Triton form as a pair of torch operators, whose shapes do not depend on a plan's values."""
+"""The Triton form as a pair of torch operators, whose shapes do not depend on a plan's values.
+
+torch's way to an operator that Python implements, and back for its gradient, takes longer than many
+a kernel. `attention` goes it where somebody looks on, and straight to the kernels otherwise.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -66,7 +71,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, d_out: Tensor, _: Any) -> tuple[Any, ...]:
     *inputs, out, lse = ctx.saved_tensors
     bias, of_bias = inputs[3], ctx.needs_input_grad[3]
-    *found, d_bias = _gradient(d_out, out, lse, *inputs, *ctx.settings, of_bias)
+    # With gradients on, somebody wants to differentiate once more: the operator refuses.
+    gradient = _gradient if torch.is_grad_enabled() or not _unseen(inputs) else _backward
+    *found, d_bias = gradient(d_out, out, lse, *inputs, *ctx.settings, of_bias)
     if bias is None or not of_bias:
         d_bias = None
     elif bias.shape[1] == 1:
@@ -91,3 +98,42 @@ block_sparse_triton = define(
     setup_context=_save,
     vmap=batched(lambda *given: block_sparse_triton(*given)),
 )
+
+
+class _Attention(torch.autograd.Function):
+    """`block_sparse_triton` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        out, lse = _forward(*given)
+        ctx.save_for_backward(*given[:_TENSORS], out, lse)
+        ctx.settings = given[_TENSORS:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        return _differentiate(ctx, d_out, None)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _unseen(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing but these tensors' numbers matters: nobody traces, maps or looks on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def attention(*given: Any) -> Tensor:
+    """The output of `block_sparse_triton`, by the shorter way where there is one."""
+    tensors = given[:_TENSORS]
+    if not _unseen(tensors):
+        return block_sparse_triton(*given)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Attention.apply(*given)
+    return _forward(*given)[0]

@@ -53,7 +53,6 @@ _INTERPRETED = Config(32, 32, 4, 1)
 CUT = 64  # keys of a tile where something is cut or pooled, at most
 CHUNK = 128  # entries of a plan that are looked at together; counts of them fit in a byte
 ONE_WARP = Config(0, 0, 1, 1)
-PREPARED = 32  # rows of a program that prepares the gradients
 POOLED = 4096  # numbers, of keys or values, in a tile that is pooled
 TILES = 8  # of them for a program
 FEW = 16  # queries whose lists are cut into parts

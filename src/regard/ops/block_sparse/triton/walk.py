@@ -17,6 +17,8 @@ from regard.ops.block_sparse.triton.tile import (
     plan_head,
     rows_at,
     tile_at,
+    visible,
+    weight_of_group,
 )
 
 
@@ -136,15 +138,12 @@ def clear_tile(
 
 
 @triton.jit
-def pooled_row(
-    n, entries, count, S, R, level, BLOCK_K: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
+def pooled_row(n, entries, count, S, R, level, N: tl.constexpr):
     """Rows, among the pooled ones, of tile n of `count` blocks of one level, R rows each."""
     row = n * N + tl.arange(0, N)
     there = row < count * R
     at = tl.load(entries + row // R, mask=there, other=0) >> 4
-    group = at * R + row % R
-    return first_pooled_row(level, S) + group, group * level, there
+    return first_pooled_row(level, S) + at * R + row % R, there
 
 
 @triton.jit
@@ -159,3 +158,63 @@ def pooled_cut_row(n, entries, count, S, BLOCK_K: tl.constexpr, N: tl.constexpr)
     group = (code >> 4) * R + row % HALF
     there = there & (row % HALF < R) & (group * level < S)
     return first_pooled_row(level, S) + group, group * level, level, there
+
+
+@triton.jit
+def pooled_rows(source, pair, S, WIDTH: tl.constexpr):
+    """Where the pooled rows, WIDTH numbers each, of a batch row and head of keys begin."""
+    count = tl.cdiv(S, 2) + tl.cdiv(S, 4) + tl.cdiv(S, 8)
+    return source + pair.to(tl.int64) * count * WIDTH
+
+
+@triton.jit
+def pooled_tile(
+    n, entries, count, power, coarse_k, coarse_v, S,
+    BLOCK_K: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of tile n of blocks of level 2 ** power, which rows, and which are there."""
+    level = 1 << power
+    rows, known = pooled_row(n, entries, count, S, BLOCK_K // level, level, N)
+    keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
+    values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+    return keys, values, rows, known
+
+
+@triton.jit
+def pooled_weight(power, weights, rows, known, HAS_BIAS: tl.constexpr):
+    """What rows of one level weigh: all the same, or with biases one number for each."""
+    added = power * 1.0
+    if HAS_BIAS:
+        added = tl.load(weights + rows, mask=known, other=0.0)
+    return added
+
+
+@triton.jit
+def pooled_cut_tile(
+    n, entries, count, coarse_k, coarse_v, S,
+    BLOCK_K: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a tile of blocks that are cut, of any level, and what rows they are."""
+    rows, token, level, known = pooled_cut_row(n, entries, count, S, BLOCK_K, N)
+    keys = rows_at(coarse_k, rows.to(tl.int64) * D, known, D, DP)
+    values = rows_at(coarse_v, rows.to(tl.int64) * E, known, E, EP)
+    return keys, values, rows, token, level, known
+
+
+@triton.jit
+def pooled_cut_seen(
+    rows, token, level, known, weights, position, S, left, right,
+    HAS_BIAS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """What such rows weigh, and which queries see them; asked for after the products with keys."""
+    last = tl.minimum(token + level, S) - 1
+    seen = known[None, :] & visible(
+        token[None, :], last[None, :], position, left, right, HAS_LEFT, HAS_RIGHT
+    )
+    if HAS_BIAS:
+        added = tl.load(weights + rows, mask=known, other=0.0)
+    else:
+        added = weight_of_group(level, token, S)
+    return added, seen
