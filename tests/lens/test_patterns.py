@@ -12,6 +12,7 @@ import torch
 from lens.pattern_families import FAMILIES, families
 from regard.lens.patterns import (
     PatternAutoencoder,
+    PatternSample,
     fit_autoencoder,
     prepared,
     summarise_patterns,
@@ -42,6 +43,36 @@ def test_planted_heads_make_pure_clusters(tmp_path: Path) -> None:
     assert by_head == list(names)
     found.picture(tmp_path / "patterns.png")
     assert json.loads(found.to_json())["names"] == found.names
+
+
+def test_a_sample_of_a_stream() -> None:
+    """While there is room the same summary; beyond that constant memory, no favourites."""
+    maps, _ = families(4, 4)
+    weights = maps.reshape(4, 7, 16, 16)
+    sample = PatternSample(4, 0, size=16, most=28)
+    for image, part in enumerate(weights):
+        sample.add(image, 0, part)
+    options = {"clusters": 3, "epochs": 2, "width": 4, "embed": "pca"}
+    heads = [(0, head) for _ in range(4) for head in range(7)]
+    wanted = summarise_patterns(maps, 4, 0, heads=heads, size=16, **options)  # type: ignore[arg-type]
+    found = sample.summary(**options)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.cluster, wanted.cluster)
+    np.testing.assert_allclose(found.distribution, wanted.distribution)
+    assert found.names == wanted.names
+    assert sample.places[-1].tolist() == [3, 0, 6]
+    few = PatternSample(2, 1, size=16, most=100)
+    part = torch.rand(4, 5, 5).softmax(-1)
+    for image in range(1000):
+        few.add(image, image % 3, part)
+    assert few.seen == 4000
+    assert few.small.shape == (100, 16, 16)
+    assert 380 < few.places[:, 0].mean() < 620, "early and late images alike"
+    with pytest.raises(ValueError, match="PatternSample.summary: clusters must be from 2 to 27"):
+        sample.summary(clusters=40)
+    with pytest.raises(ValueError, match="most must be at least 1"):
+        PatternSample(4, most=0)
+    with pytest.raises(ValueError, match="template_scores: weights must be"):
+        few.add(0, 0, torch.rand(1, 4, 4))
 
 
 def test_seeded() -> None:

@@ -103,7 +103,7 @@ def _as_layer(
     block = _block(name, modules)
     if projection is None or width is None or block is None:
         return None
-    heads = _heads(module)
+    heads = heads_of(module)
     if heads is None or width % heads:
         raise ValueError(
             f"{operation}: cannot tell the number of heads of {name} ({type(module).__name__}): "
@@ -122,7 +122,8 @@ def _block(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
     return None
 
 
-def _heads(module: nn.Module) -> int | None:
+def heads_of(module: nn.Module) -> int | None:
+    """How many query heads an attention module has, where it or its config says so."""
     places: list[Any] = [module, getattr(module, "config", None)]
     for place in places:
         for count in COUNTS:

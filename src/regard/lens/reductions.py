@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.core.accumulate import add_rows
 from regard.lens.largest import largest
+from regard.lens.sums import Sums, add_block, serves
 from regard.lens.taps.call import MASK_BLOCK, Attention, Kind, blocks_of
 
 WEIGHTS, LEAST_ROWS = 1 << 18, 16  # of a block, where nobody says how many rows
@@ -46,7 +47,7 @@ class LayerSummary:
 
 
 @dataclass
-class _Sums:
+class _Seen:
     attention: tuple[int, str, Kind]
     values: dict[str, Tensor] = field(default_factory=dict)
     queries: int = 0
@@ -72,9 +73,9 @@ class Reduce:
         residual: share `keep` of every layer's input in its output, for the rollout.
         block: queries per block; changes nothing but memory and time. None: what suits a cache.
 
-    Cost: one product of queries and keys and a few passes over a block's weights, per layer;
-    O(B H block S) memory at a time. A rollout adds a product of B maps T x T per layer and keeps
-    one such map, of no head and no layer.
+    Cost: one product of queries and keys per layer and one pass over its scores (on a CPU, of
+    float32, in C; else a few passes); O(B H block S) memory at a time. A rollout adds a product
+    of B maps T x T per layer and keeps two such maps, of no head.
     Raises: ValueError for bins that do not rise from 0, or what no call can give.
 
     >>> from regard.lens.tap import tap
@@ -109,7 +110,7 @@ class Reduce:
         self.entropy, self.received, self.top, self.distance = entropy, received, top, distance
         self.bins, self.block, self.residual = tuple(bins), block, residual
         self.rollout_from = rollout
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, _Seen] = {}
         self._path: _Path | None = None
 
     def reset(self) -> None:
@@ -123,56 +124,76 @@ class Reduce:
         """Take in one call of a layer."""
         key = f"{attention.name}#{attention.layer}"
         which = (attention.layer, attention.name, attention.kind)
-        sums = self._sums.setdefault(key, _Sums(which))
-        values = sums.values
+        seen = self._sums.setdefault(key, _Seen(which))
         B, H, T, _ = attention.q.shape
         S = attention.k.shape[2]
-        padded, device = attention.mask is not None, attention.q.device
-        real = attention.query_mask if padded else None
-        sums.queries += B * T if real is None else int(real.sum())
-        got = torch.zeros(B, H, S, device=device) if self.received else None
-        shares = None  # of weight by key - query, from -T on
+        device = attention.q.device
+        real = attention.query_mask if attention.mask is not None else None
+        seen.queries += B * T if real is None else int(real.sum())
+        sums = Sums(real)
+        if self.entropy:
+            wide = torch.float64 if device.type == "cpu" else torch.float32  # (MPS has no float64)
+            sums.entropy = torch.zeros(H, dtype=wide, device=device)
+        if self.received:
+            sums.received = torch.zeros(B, H, S, device=device)
         if self.distance and attention.kind == "self":
-            shares = torch.zeros(H, T + S, device=device)
-        path = self._path_through(key, attention)
+            sums.shares = torch.zeros(H, T + S, device=device)
         if self.top:
-            heaviest = torch.empty(B, H, T, min(self.top, S), device=device)
-            places = torch.empty_like(heaviest, dtype=torch.int32)
-            values |= {"top": places, "top_weights": heaviest}
-        for some, rows, weights, scores in self._blocks(attention):
-            weights, queries = weights.float(), slice(rows.start, rows.stop)
-            if real is not None:
-                weights = weights * real[some, None, queries, None]
-            if self.entropy:
-                _add(values, "entropy", _entropies(weights, scores).sum(0))
-            if got is not None:
-                got[some] += weights.sum(2)
-            if shares is not None:
-                left, over = T - rows.stop, weights[0] if len(weights) == 1 else weights.sum(0)
-                shares[:, left : left + len(rows) + S] += _by_distance(over)
-            if self.top:
-                found = largest(weights, heaviest.shape[-1])
-                heaviest[some, :, queries], places[some, :, queries] = found
-            if path is not None:
-                path.map[some, queries] = weights.mean(1)
-        if shares is not None:
-            self._distances(values, shares, attention)
-        if got is not None:
-            _grow(values, "received", got)
+            sums.top = torch.empty(B, H, T, min(self.top, S), device=device)
+            sums.places = torch.empty_like(sums.top, dtype=torch.int32)
+        if (path := self._path_through(key, attention)) is not None:
+            sums.map = path.map
+        in_c = serves(attention, self.top)
+        for some, call in self._parts(attention):
+            (self._sum_in_c if in_c else self._sum_up)(call, sums.of_batch(some))
+        values = seen.values
+        if sums.entropy is not None:
+            _add(values, "entropy", sums.entropy.float())
+        if sums.shares is not None:
+            self._distances(values, sums.shares, attention)
+        if sums.received is not None:
+            _grow(values, "received", sums.received)
             _grow(values, "seen", _seers(attention, real))
+        if sums.top is not None and sums.places is not None:
+            values |= {"top": sums.places, "top_weights": sums.top}
 
-    def _blocks(self, attention: Attention) -> Iterator[tuple[slice, range, Tensor, Tensor | None]]:
-        """(elements of the batch, rows, their weights, their scores), as much as suits a cache."""
+    def _sum_in_c(self, attention: Attention, sums: Sums) -> None:
+        for rows, scores in attention.score_blocks(self._rows(attention)):
+            add_block(sums, scores, rows, attention.q.shape[2])
+
+    def _sum_up(self, attention: Attention, sums: Sums) -> None:
+        S, T = attention.k.shape[2], attention.q.shape[2]
+        for rows, weights, scores in attention.open_blocks(self._rows(attention)):
+            weights, queries = weights.float(), slice(rows.start, rows.stop)
+            if sums.real is not None:
+                weights = weights * sums.real[:, None, queries, None]
+            if sums.entropy is not None:
+                sums.entropy += _entropies(weights, scores).sum(0)
+            if sums.received is not None:
+                sums.received += weights.sum(2)
+            if sums.shares is not None:
+                left, over = T - rows.stop, weights[0] if len(weights) == 1 else weights.sum(0)
+                sums.shares[:, left : left + len(rows) + S] += _by_distance(over)
+            if sums.top is not None and sums.places is not None:
+                found = largest(weights, sums.top.shape[3])
+                sums.top[:, :, queries], sums.places[:, :, queries] = found
+            if sums.map is not None:
+                sums.map[:, queries] = weights.mean(1)
+
+    def _parts(self, attention: Attention) -> Iterator[tuple[slice, Attention]]:
+        """The call for some elements of the batch at a time, as many as suit a cache."""
         B, H, T, _ = attention.q.shape
-        S = attention.k.shape[2]
-        together = max(1, WEIGHTS // max(H * T * S, 1))
+        together = max(1, WEIGHTS // max(H * T * attention.k.shape[2], 1))
         if self.block or attention.changed is not None:  # edits are for the whole batch
             together = B
         for part in blocks_of(B, together):
-            block = max(LEAST_ROWS, WEIGHTS // max(len(part) * H * S, 1) // 8 * 8)
             call = attention if len(part) == B else attention.of_batch(part)
-            for rows, weights, scores in call.open_blocks(self.block or block):
-                yield slice(part.start, part.stop), rows, weights, scores
+            yield slice(part.start, part.stop), call
+
+    def _rows(self, attention: Attention) -> int:
+        B, H = attention.q.shape[:2]
+        row = max(B * H * attention.k.shape[2], 1)
+        return self.block or max(LEAST_ROWS, WEIGHTS // row // 8 * 8)
 
     def _distances(self, values: dict[str, Tensor], shares: Tensor, attention: Attention) -> None:
         T, S = attention.q.shape[2], attention.k.shape[2]

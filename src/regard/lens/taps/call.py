@@ -241,15 +241,23 @@ class Attention:
         self, size: int = 32
     ) -> Iterator[tuple[range, Float[Tensor, "b h t s"], Float[Tensor, "b h t s"] | None]]:
         """The blocks with their scores, where those are plain: nothing masked, edited or given."""
-        plain = self._is_formed_here and self.changed is None and self.sinks is None
-        if not plain or self.mask is not None or self.diagonal is not None:
+        if not self.is_plain or self.mask is not None or self.diagonal is not None:
             for rows, weights in self.blocks(size):
                 yield rows, weights, None
             return
-        keys, heads = self.k.contiguous(), range(self.q.shape[1])
+        for rows, scores in self.score_blocks(size):
+            yield rows, self.weigh(scores, range(scores.shape[1])), scores
+
+    def score_blocks(self, size: int = 32) -> Iterator[tuple[range, Float[Tensor, "b h t s"]]]:
+        """(rows, scores of these rows) of all heads, without edits, as `blocks`."""
+        keys = self.k.contiguous() if self.formed is None else None
         for rows in blocks_of(self.q.shape[2], size):
-            scores = self.scores_of(heads, rows, keys)
-            yield rows, self.weigh(scores, heads), scores
+            yield rows, self.scores_of(None, rows, keys)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights are the softmax of scores that are formed here, and nothing else."""
+        return self._is_formed_here and self.changed is None and self.sinks is None
 
     def of_batch(self, chosen: range) -> Attention:
         """The same call for some elements of the batch."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from regard.lens.layers import heads_of
 from regard.lens.taps.call import Attention
 from regard.lens.taps.station import OUTSIDE_GRAPHS, Point, Station
 from regard.lens.taps.transformers import point_by_path
@@ -30,8 +31,7 @@ def is_tappable(module: nn.Module) -> bool:
 
 def point_of(name: str, module: nn.Module, order: int) -> Point:
     """What is known of a module before it runs."""
-    heads = getattr(module, "num_heads", None)
-    return point_by_path(name, order, "self", heads if isinstance(heads, int) else None)
+    return point_by_path(name, order, "self", heads_of(module))
 
 
 class FunctionalStation(Station):

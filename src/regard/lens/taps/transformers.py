@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.lens.layers import heads_of
 from regard.lens.taps.call import Attention, Kind
 from regard.lens.taps.station import OUTSIDE_GRAPHS, STATIONS, Point, Station
 
@@ -41,10 +42,7 @@ def point_of(name: str, module: nn.Module, order: int) -> Point:
     """What is known of an attention module before it runs."""
     config: Any = module.config
     kind: Kind = "cross" if CROSS.search(name) or CROSS.search(type(module).__name__) else "self"
-    heads = next((n for key in HEADS if isinstance(n := getattr(module, key, None), int)), None)
-    if heads is None:
-        heads = getattr(config, "num_attention_heads", None)
-    point = point_by_path(name, order, kind, heads)
+    point = point_by_path(name, order, kind, heads_of(module))
     if groups := getattr(config, "num_hidden_groups", None):  # ALBERT: layers share modules
         repeats = config.num_hidden_layers // groups
         found = re.search(r"layer_groups\.(\d+)", name)
@@ -70,9 +68,6 @@ def stack_number(name: str) -> re.Match[str] | None:
     if len(numbers) > 1 and re.search(r"\bblock\.\d+\.layer$", name[: numbers[-1].start()]):
         return numbers[-2]
     return numbers[-1] if numbers else None
-
-
-HEADS = ("num_heads", "num_attention_heads", "n_heads")
 
 
 class TransformersStation(Station):
