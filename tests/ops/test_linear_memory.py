@@ -53,6 +53,12 @@ def test_training_on_65536_tokens_takes_less_than_twelve_times_the_queries(name,
 
 
 @pytest.mark.slow
+def test_features_and_a_decay_for_every_channel_take_less_than_ten_times_the_queries():
+    """Beside q, k, v and the decays: two features, output, four gradients, factors, states."""
+    assert queries_at_the_peak("linear", "mapped channel", "auto", LENGTH, 1) - 4 < 10
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", "eager"])
 @pytest.mark.parametrize("decay", ["", "token"])
 def test_lightning_needs_little_beside_its_inputs_and_results(decay, impl):

@@ -31,6 +31,8 @@ OPERATIONS = {
     "linear": 2, "lightning": 3, "delta": 3, "gated_delta": 4, "hedgehog": 2, "inline": 2,
     "relu_linear": 2,
 }  # fmt: skip
+# Of one feature of Hedgehog's, as it is written: range reduction, polynomial, sum and division.
+EXPONENTIAL = 13
 
 
 def operands(case: Case, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -98,14 +100,17 @@ def exact_rows(
 def work(case: Case) -> float | None:
     """Multiplications and additions: two for each vector operation that is needed.
 
-    Not causal: one product to form the state and one to read it. None for a mechanism whose
-    work is not one recurrence.
+    Not causal: one product to form the state and one to read it. Hedgehog's include its maps of
+    queries and keys. None for a mechanism whose work is not one recurrence.
     """
     if case.mechanism not in OPERATIONS:
         return None
     width = 2 * case.dim if case.mechanism == "hedgehog" else case.dim
     each = OPERATIONS[case.mechanism] if case.causal else 2
-    return 2.0 * each * case.heads * case.length * width * case.dim
+    operations = each * width * case.dim
+    if case.mechanism == "hedgehog":
+        operations += 2 * case.dim * case.dim + 2 * EXPONENTIAL * width
+    return 2.0 * operations * case.heads * case.length
 
 
 # -- a processor ---------------------------------------------------------------------------------

@@ -98,12 +98,12 @@ def inline_attention(
     Raises: ValueError, TypeError for arguments that do not fit.
 
     >>> import torch
-    >>> k = torch.tensor([-1.0, 0.0, 4.0]).view(1, 1, 3, 1)
+    >>> k = torch.tensor([-2.0, 0.0, 2.0]).view(1, 1, 3, 1)
     >>> q = torch.tensor([0.0, 1.0, 2.0]).view(1, 1, 3, 1)
     >>> inline_attention(q, k, torch.eye(3)[None, None])[0, 0]  # the weights
     tensor([[ 0.3333,  0.3333,  0.3333],
-            [-0.3333,  0.0000,  1.3333],
-            [-1.0000, -0.3333,  2.3333]])
+            [-0.3333,  0.3333,  1.0000],
+            [-1.0000,  0.3333,  1.6667]])
     """
     q, k, v = cast_for_autocast(q, k, v)
     sizes = check_qkv(_OP, q, k, v)

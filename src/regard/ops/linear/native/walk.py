@@ -165,6 +165,8 @@ def _differentiate(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     found = _gradients(q, k, v, log_decay, beta, S, z, normaliser, wants_decay)
     call, kept = _call(q, k, v, log_decay, beta, S, z, normaliser, minimum, epsilon)
+    if d_out.shape[2] and d_out.stride()[2:] == (0, 0):  # of a plain sum: one row for all tokens
+        d_out = d_out[:, :, :1].contiguous().expand_as(d_out)
     given = [_ready(d_out), _whole(weight), _whole(d_S), _whole(d_z)]
     call.d_out, call.d_last_state = operand(given[0]), pointer(given[2])
     if normaliser:
