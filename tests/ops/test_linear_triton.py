@@ -124,6 +124,15 @@ CASES: dict[str, dict[str, Any]] = {
     "epsilon": {"normaliser": "sum", "epsilon": 0.5},
     "scale": {"scale": 0.25},
     "hedgehog": {"feature": "hedgehog:softmax_dim", "normaliser": "sum", "decay": "smooth"},
+    "two blocks": {
+        "feature": "hedgehog:softmax_dim", "normaliser": "sum", "T": 50, "state": True,
+        "mask": True, "key_heads": 1, "D": 11, "E": 20,
+    },
+    "two wide blocks": {
+        "feature": "hedgehog:softmax_dim", "normaliser": "sum", "T": 50, "state": True,
+        "mask": True, "heads": 1, "D": 20, "E": 18,
+    },
+    "two blocks, one segment": {"feature": "hedgehog:exp", "normaliser": "sum", "T": 25},
     "noncausal": {"causal": False, "T": 20, "S": 70, "decay": "extreme", "state": True},
     "noncausal, everything": {
         "causal": False, "T": 40, "S": 20, "decay": "extreme", "state": True, "mask": True,
@@ -141,6 +150,23 @@ SLOW: dict[str, dict[str, Any]] = {
     "wide values": {"D": 16, "E": 128, "T": 64},
     "long": {"T": 256, "decay": "smooth", "D": 32, "E": 8, "feature": "elu", "normaliser": "sum"},
     "many heads": {"heads": 8, "key_heads": 1, "decay": "smooth", "batch": 2},
+    "two blocks, more keys": {
+        "feature": "hedgehog:joint_softmax", "normaliser": "sum", "T": 20, "S": 90, "D": 12,
+        "mask": True,
+    },
+    "two blocks, more queries": {
+        "feature": "hedgehog:softmax_dim", "normaliser": "sum", "T": 90, "S": 20, "state": True,
+    },
+    "two wide blocks, one segment": {
+        "feature": "hedgehog:exp", "normaliser": "sum", "T": 25, "D": 32, "state": True,
+    },
+    "two wide blocks, more queries": {
+        "feature": "hedgehog:joint_softmax", "normaliser": "sum", "T": 90, "S": 50, "D": 18,
+        "key_heads": 1, "batch": 2,
+    },
+    "two blocks, no keys": {
+        "feature": "hedgehog:exp_dim", "normaliser": "sum", "T": 40, "S": 0, "state": True,
+    },
     "noncausal hedgehog": {
         "causal": False, "feature": "hedgehog:softmax_dim", "normaliser": "sum",
     },
@@ -173,8 +199,17 @@ def test_any_length(length: int) -> None:
     check(heads=1, T=length, seed=length, decay="smooth", state=True)
 
 
-def test_later_keys_change_no_bit() -> None:
-    case = {"T": 60, "decay": "smooth", "feature": "elu", "normaliser": "sum"}
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"decay": "smooth", "feature": "elu"},
+        {"feature": "hedgehog:softmax_dim"},
+        {"feature": "hedgehog:softmax_dim", "D": 24},
+    ],
+    ids=["elu", "two blocks", "two wide blocks"],
+)
+def test_later_keys_change_no_bit(case: dict[str, Any]) -> None:
+    case = {"T": 60, "normaliser": "sum", **case}
     (out, before), (junk, after) = (
         interpreted("ops.test_linear_triton:of_the_past", case, huge) for huge in (None, 1e15)
     )
@@ -189,12 +224,11 @@ def of_the_past(case: dict[str, Any], huge: float | None) -> tuple[Tensor, dict[
     k, v = given.k.clone(), given.v.clone()
     if huge is not None:
         k[:, :, 30:], v[:, :, 30:] = huge, -huge
-    leaves = [x.detach().requires_grad_() for x in (given.q, k, v, given.log_decay)]
-    out = triton.serve(given._replace(q=leaves[0], k=leaves[1], v=leaves[2], log_decay=leaves[3]))
-    past = out.out[:, :, :30]
-    found = torch.autograd.grad(past.square().sum(), leaves)
-    names = ("q", "k", "v", "log_decay")
-    return past.detach(), {n: x[:, :, :30] for n, x in zip(names, found, strict=True)}
+    tensors = {"q": given.q, "k": k, "v": v, "log_decay": given.log_decay}
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors.items() if x is not None}
+    past = triton.serve(given._replace(**leaves)).out[:, :, :30]
+    found = torch.autograd.grad(past.square().sum(), list(leaves.values()))
+    return past.detach(), {n: x[:, :, :30] for n, x in zip(leaves, found, strict=True)}
 
 
 def test_the_public_function_and_packed_sequences() -> None:

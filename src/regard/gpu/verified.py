@@ -30,8 +30,12 @@ VERIFIED: tuple[Verified, ...] = (
     # The contract suite, random calls, and errors of long calls beside their times.
     Verified("linear", "sm_90", ("bfloat16",), 128),
     Verified("linear", "sm_90", ("float16",), 64),
+    # Maps of two blocks, by the width of one: errors and gradients against float64 on the device.
+    Verified("linear_twofold", "sm_90", ("bfloat16",), 128),
     Verified("linear_delta", "sm_90", ("bfloat16",), 128),
     Verified("linear_delta", "sm_90", ("float16",), 64),
+    # The contract suite; docs/performance_notes.md: errors beside what rounding the inputs does.
+    Verified("mesa", "sm_90", ("bfloat16",), 128),
     # The contract suite; levels, lists and windows at 700 and 2,000 tokens, gradients included.
     Verified("block_sparse", "sm_90", ALL, 128),
 )

@@ -51,5 +51,8 @@ SUBJECTS: dict[str, Callable[[], Any]] = {
     "linear hedgehog D=64 bfloat16": partial(
         _call, 64, BF16, "hedgehog:softmax_dim", decay=False, normalised=True, backward=True
     ),
+    "linear hedgehog D=128 bfloat16": partial(
+        _call, 128, BF16, "hedgehog:softmax_dim", decay=False, normalised=True
+    ),
     "linear decode D=64 bfloat16": partial(_call, 64, BF16, tokens=1),
 }

@@ -8,10 +8,13 @@ Importing this needs no Triton and no GPU. The files:
 - `walk.py`, `maps.py`: what kernels share: tiles, decays inside a chunk, feature maps
 - `forward.py`: what segments add, the scan over them, outputs; `backward.py`, `of_queries.py`,
   `of_keys.py`: the same for gradients; `whole.py`: one state for all queries; `decode.py`: a
-  few tokens
+  few tokens; `twofold.py`: the forward of maps that make two blocks of features
+- `again.py`: calls like one before
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from regard.ops.linear.problem import IDENTITY, Feature, Problem, Solution, each
 from regard.ops.linear.triton.registered import linear_triton_fwd
 from regard.ops.linear.triton.table import MAPS
 
-NAME = "linear"
+NAME, TWOFOLD = "linear", "linear_twofold"
 WIDEST = 256  # features of a key
 WIDEST_BLOCK = 128  # of a map of two blocks, each
 WIDEST_VALUE = 128
@@ -59,8 +62,12 @@ def _refuse_unverified(problem: Problem) -> str | None:
     reason = refuse(problem)
     if reason is not None:
         return reason
-    size = max(problem.key_map.width(problem.q.shape[3]), problem.v.shape[3])
-    return gpu.unverified(NAME, problem.q.device, problem.q.dtype, size)
+    q, E = problem.q, problem.v.shape[3]
+    if _formed(problem) and MAPS[problem.key_map.name].two:
+        reason = gpu.unverified(TWOFOLD, q.device, q.dtype, max(q.shape[3], E))
+        if reason is None:
+            return None
+    return gpu.unverified(NAME, q.device, q.dtype, max(problem.key_map.width(q.shape[3]), E))
 
 
 def _formed(problem: Problem) -> bool:
@@ -87,6 +94,19 @@ def _applied(x: Tensor, feature: Feature) -> Tensor:
     return x if feature is IDENTITY else feature.apply(x.float()).to(x.dtype)
 
 
+def options_of(problem: Problem, names: tuple[str, str]) -> tuple[Any, ...]:
+    """The operator's options, but for the last: whether the state is wanted."""
+    scale, normalised = 1.0, problem.normaliser is not None
+    minimum = -torch.inf if problem.minimum is None else problem.minimum
+    epsilon = problem.epsilon
+    if problem.scale is not None and not isinstance(problem.scale, Tensor):
+        if normalised:  # s n / max(s z, m) = n / max(z, m / s)
+            minimum, epsilon = minimum / problem.scale, epsilon / problem.scale
+        else:
+            scale = float(problem.scale)
+    return problem.causal, *names, scale, normalised, minimum, epsilon
+
+
 def _solve(problem: Problem) -> Solution:
     """The solution for one sequence per row of the batch."""
     q, k, v, mask, heads = problem.q, problem.k, problem.v, problem.key_mask, problem.k.shape[1]
@@ -101,21 +121,13 @@ def _solve(problem: Problem) -> Solution:
     decay = problem.log_decay
     if decay is not None and decay.shape[1] != heads:
         decay = decay.expand(-1, heads, -1)
-    scale, after, normalised = 1.0, None, problem.normaliser is not None
-    minimum = -torch.inf if problem.minimum is None else problem.minimum
-    epsilon = problem.epsilon
-    if isinstance(problem.scale, Tensor):
-        after = problem.scale.reshape(-1, 1, 1)
-    elif problem.scale is not None and normalised:  # s n / max(s z, m) = n / max(z, m / s)
-        minimum, epsilon = minimum / problem.scale, epsilon / problem.scale
-    elif problem.scale is not None:
-        scale = float(problem.scale)
+    normalised = problem.normaliser is not None
     out, S, z, *_ = linear_triton_fwd(
         q, k, v, decay, mask, problem.S, problem.z if normalised else None,
-        problem.causal, *names, scale, normalised, minimum, epsilon, problem.wants_state,
+        *options_of(problem, names), problem.wants_state,
     )  # fmt: skip
-    if after is not None:
-        out = _scaled(out, after.to(torch.float32))
+    if isinstance(problem.scale, Tensor):
+        out = _scaled(out, problem.scale.reshape(-1, 1, 1).to(torch.float32))
     if not problem.wants_state:
         return Solution(out)
     return Solution(out, S, z if normalised else None)

@@ -15,7 +15,7 @@ from regard.gpu.operands import channels_last, padded
 from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.linear.triton.decode import tokens_kernel
 from regard.ops.linear.triton.forward import outputs_kernel, scan_kernel, sums_kernel
-from regard.ops.linear.triton.shapes import Options, of_forward, room
+from regard.ops.linear.triton.shapes import Options, Twofold, of_forward, room
 from regard.ops.linear.triton.table import (
     FEW,
     MAPS,
@@ -23,7 +23,13 @@ from regard.ops.linear.triton.table import (
     SCANNED,
     Config,
     config,
+    keys,
     segment,
+)
+from regard.ops.linear.triton.twofold import (
+    narrow_outputs_kernel,
+    twofold_sums_kernel,
+    wide_outputs_kernel,
 )
 from regard.ops.linear.triton.whole import read_kernel
 
@@ -49,7 +55,8 @@ class Launcher:
         self.interpreted = interpreting()
         self.half = q.dtype == torch.bfloat16
         self.length = max(self.T, self.S) if options.causal else self.S
-        self.segment = segment(self.length, self.interpreted)
+        self.twofold = Twofold.of(q, options, decay is not None, self.interpreted)
+        self.segment = segment(self.length, self.interpreted, self.twofold.wide)
         self.segments = -(-self.length // self.segment)
         self.empty = 0 in (self.B, self.H, self.D, self.E, self.length, max(self.T, self.S))
         # float16 has no room for sums; TF32 has its digits.
@@ -120,6 +127,10 @@ class Launcher:
     ) -> None:
         """The states before segments 0, 1 .. of the keys: [B HK, count + 1, F, E] and [.., F]."""
         count = sums.shape[1] - 1
+        if self.twofold.serves:
+            self.sums_of_twofold(sums, totals, count)
+            self.scan(sums, totals, None, first, first_total, False)
+            return
         weights = self.new(sums.shape[0], count) if self.decay is not None else None
         found = self.config("sums")
         self.start(
@@ -129,6 +140,24 @@ class Launcher:
             FLOORED=self.map_k.floored,
         )  # fmt: skip
         self.scan(sums, totals, weights, first, first_total, self.decay is not None)
+
+    def spread(self, config: Config) -> int:
+        """Rows of a chunk of keys that one pass of all threads has."""
+        return min(max(16, config.warps * 256 // self.DP), config.chunk)
+
+    def sums_of_twofold(
+        self, sums: Tensor, totals: Tensor, segments: int, skip: int = 0,
+        start: Tensor | None = None, start_total: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """What segments skip, skip + 1 .. add; after `start`, if it is given."""
+        found, pairs = self.config("twofold_sums"), self.B * self.HK
+        self.start(
+            twofold_sums_kernel, segments * pairs * self.panels(found), found, sums=sums,
+            totals=totals, start=start, start_total=start_total, HAS_START=start is not None,
+            offset=self.length - self.S, places=sums.numel() // (pairs * self.F * self.E),
+            segments=segments, skip=skip, chunks=self.segment // found.chunk,
+            SPREAD=self.spread(found),
+        )  # fmt: skip
 
 
 def forward(
@@ -141,7 +170,7 @@ def forward(
     q, k, v = channels_last(q), channels_last(k), channels_last(v)
     first = None if first is None else first.contiguous()
     first_total = None if first_total is None else first_total.contiguous()
-    results = room(of_forward(q, v, options, interpreting()), q)
+    results = room(of_forward(q, v, options, decay is not None, interpreting()), q)
     given = (q, k, v, decay, mask, first, first_total)
     tensors, key = (*given, *results), (options, *alike(*given))
     plan = PLANS.get(key)
@@ -201,6 +230,9 @@ def _run(
     if call.segments > 1:
         call.states(starts, start_totals, first, first_total)
         before, before_total = starts, start_totals
+    if call.twofold.serves:
+        _outputs_of_twofold(call, before, before_total, results)
+        return
     found = call.config("outputs")
     call.start(
         outputs_kernel, call.segments * pairs * call.panels(found), found, **arguments,
@@ -208,3 +240,28 @@ def _run(
         WANTS_END=options.wants_state, segments=call.segments,
         chunks=call.segment // found.chunk,
     )  # fmt: skip
+
+
+def _outputs_of_twofold(
+    call: Launcher, before: Tensor | None, before_total: Tensor | None, results: Sequence[Tensor]
+) -> None:
+    out, end, end_total, bottoms, *_ = results
+    found, ends = call.config("twofold_outputs"), call.options.wants_state
+    chunks = call.segment // found.chunk
+    programs = call.segments * call.B * call.H * call.panels(found)
+    arguments = {
+        "out": out, "bottoms": bottoms, "starts": before, "start_totals": before_total,
+        "HAS_START": before is not None, "segments": call.segments,
+    }  # fmt: skip
+    if not call.twofold.wide:
+        call.start(
+            narrow_outputs_kernel, programs, found, **arguments, end=end, end_total=end_total,
+            WANTS_END=ends, chunks=chunks, SPREAD=call.spread(found),
+        )  # fmt: skip
+        return
+    call.start(
+        wide_outputs_kernel, programs * chunks, found, **arguments, tiles=chunks,
+        KEYS=keys(call.interpreted),
+    )  # fmt: skip
+    if ends:
+        call.sums_of_twofold(end, end_total, 1, call.segments - 1, before, before_total)

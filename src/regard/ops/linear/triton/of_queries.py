@@ -78,9 +78,9 @@ def queries_kernel(
     if HAS_START:
         place = key_pair * segments + segment
         starts += place * (F * E)
-        state = state_tile(starts, D, DP, E, EP, 0, 0)
+        state = state_tile(starts, D, DP, E, EP, 0, 0).to(tl.float32)
         if TWO:
-            state_b = state_tile(starts, D, DP, E, EP, 0, 1)
+            state_b = state_tile(starts, D, DP, E, EP, 0, 1).to(tl.float32)
         if NORMALISED:
             start_totals += place * F
             total = state_row(start_totals, D, DP, 0)

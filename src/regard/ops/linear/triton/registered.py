@@ -53,7 +53,8 @@ def _run_backward(
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(room(of_forward(q, v, Options(*rest[4:]), interpreting()), q))
+    decays = rest[0] is not None
+    return tuple(room(of_forward(q, v, Options(*rest[4:]), decays, interpreting()), q))
 
 
 def _fake_backward(*given: Any) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.ops.linear.triton.table import FEW, MAPS, segment
+from regard.ops.linear.triton.table import FEW, MAPS, NARROW, NARROW_INTERPRETED, segment
 
 
 class Options(NamedTuple):
@@ -32,23 +32,43 @@ def width(D: int, options: Options) -> int:
     return 2 * D if MAPS[options.key_map].two else D
 
 
-def of_forward(q: Tensor, v: Tensor, options: Options, interpreted: bool) -> tuple[Shape, ...]:
+class Twofold(NamedTuple):
+    """Whether the forward is that of `twofold`, and which."""
+
+    serves: bool
+    wide: bool = False
+
+    @classmethod
+    def of(cls, q: Tensor, options: Options, decays: bool, interpreted: bool) -> Twofold:
+        """By what is known without looking at numbers."""
+        two = MAPS[options.query_map].two and MAPS[options.key_map].two
+        small = q.dtype == torch.bfloat16 or interpreted
+        serves = options.causal and options.normalised and two and not decays and small
+        return cls(serves, serves and q.shape[3] > (NARROW_INTERPRETED if interpreted else NARROW))
+
+
+def of_forward(
+    q: Tensor, v: Tensor, options: Options, decays: bool, interpreted: bool
+) -> tuple[Shape, ...]:
     """out, S, z; sums of weights; and states of the segments, with those of the normaliser."""
     B, H, T, D = q.shape
     _, HK, S, E = v.shape
     F, single = width(D, options), torch.float32
     causal, normalised, wanted = options.causal, options.normalised, options.wants_state
     length = max(T, S) if causal else S
+    wide = Twofold.of(q, options, decays, interpreted).wide
+    # Written once and read twice by the forward: half the bytes, where nobody asks for more digits.
+    kind = torch.bfloat16 if wide and not (wanted or interpreted) else single
     places = 0  # of states
     if not causal or length > FEW:
-        places = -(-length // segment(int(length), interpreted))
+        places = -(-length // segment(int(length), interpreted, wide))
     places = places + 1 if not causal else places if places > 1 else 0
     return (
         ((B, H, T, E), q.dtype),
         ((B, HK, F, E), single) if wanted else _NONE,
         ((B, HK, F), single) if wanted and normalised else _NONE,
         ((B, H, T), single) if normalised else _NONE,
-        ((B * HK, places, F, E), single) if places else _NONE,
+        ((B * HK, places, F, E), kind) if places else _NONE,
         ((B * HK, places, F), single) if places and normalised else _NONE,
     )
 

@@ -70,6 +70,9 @@ _HALF = {
     "keys_of_decay": _of((32, 0, 4, 3), (16, 0, 8, 1), (16, 0, 8, 1), (32, 0, 8, 2), (16, 0, 8, 1)),
     "read": _of((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 4, 1), (64, 64, 8, 1)),
     "of_read": _of((64, 0, 4, 1), (64, 0, 8, 1), (64, 0, 8, 1), (64, 0, 8, 1), (64, 0, 8, 1)),
+    # Of `twofold`: two blocks of up to 64, or of up to 128.
+    "twofold_sums": {(2, 64): Config(64, 64, 4, 2), (2, 128): Config(64, 128, 8, 1)},
+    "twofold_outputs": {(2, 64): Config(64, 64, 4, 1), (2, 128): Config(128, 128, 8, 2)},
 }
 # float32 operands: twice the memory and, for float32 inputs, three products for each. Not 16 rows
 # for 8 warps: Triton 3.6 then reads shared memory that is not its own.
@@ -89,11 +92,15 @@ _SINGLE = {
     "of_read": _of((32, 0, 4, 1), (32, 0, 8, 1), (32, 0, 8, 1), (32, 0, 8, 1), (32, 0, 8, 1)),
 }
 _INTERPRETED = Config(16, 16, 4, 1)
+NARROW_INTERPRETED = 16  # for `NARROW`
 
 SCANNED = 512  # elements of a state that a program of the scan has
 ROWS = 64  # of a program that prepares rows
 PANEL_OF_TOKENS = 16  # columns of a program of decoding
 FEW = 8  # tokens that are decoded one by one
+NARROW = 64  # features of a block, padded, of which `twofold` carries a state
+WIDE = 256  # tokens of a segment of its wider blocks
+KEYS = 64  # of a tile that their outputs come from
 
 
 def config(kernel: str, blocks: int, width: int, half: bool, interpreted: bool = False) -> Config:
@@ -103,12 +110,20 @@ def config(kernel: str, blocks: int, width: int, half: bool, interpreted: bool =
     return (_HALF if half else _SINGLE)[kernel][blocks, max(width, 64)]
 
 
-def segment(tokens: int, interpreted: bool = False) -> int:
+def keys(interpreted: bool) -> int:
+    """Keys of a tile that the outputs of `twofold` come from."""
+    return _INTERPRETED.chunk if interpreted else KEYS
+
+
+def segment(tokens: int, interpreted: bool = False, wide: bool = False) -> int:
     """Tokens that one program walks over: by the length alone, so that a batch changes no bit.
 
-    Shorter segments are more programs, and more states to write and to scan.
+    Shorter segments are more programs, and more states to write and to scan. `wide`: of wide
+    blocks of `twofold`.
     """
     if interpreted:
         return 32
+    if wide:
+        return WIDE
     wanted = max(tokens - 1, 1).bit_length()
     return min(max((1 << wanted) // 32, 256), 1024)

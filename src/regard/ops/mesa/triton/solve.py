@@ -139,22 +139,32 @@ def solve_kernel(
     count = 0
     going = tl.max(active.to(tl.int32), 0)
     while (going > 0) & (count < limit):
-        y = tl.dot(p, past, input_precision=PRECISION)
-        if SPLIT:
-            rest = tl.load(keys_rest + row * (DP * DP) + square_at(DP, DP))
-            y = tl.dot(p, rest, y, input_precision=PRECISION)
+        # Every product in a region of its own, though all conditions hold: where one product
+        # feeds another in the same region, Triton gives each warp whole rows, and of eight warps
+        # four would repeat what the others compute.
+        y = tl.zeros([CHUNK, DP], tl.float32)
+        if count >= 0:
+            y = tl.dot(p, past, input_precision=PRECISION)
+        if SPLIT:  # noqa: SIM102
+            if limit > 0:
+                rest = tl.load(keys_rest + row * (DP * DP) + square_at(DP, DP))
+                y = tl.dot(p, rest, y, input_precision=PRECISION)
         y = kept(y, enters)
-        scores = _scores(p, keys, weights, PRECISION)
-        y = tl.dot(scores.to(OPERAND), keys, y, input_precision=PRECISION)
+        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+        if going > 0:
+            scores = _scores(p, keys, weights, PRECISION)
+        if count < limit:
+            y = tl.dot(scores.to(OPERAND), keys, y, input_precision=PRECISION)
         d = p.to(tl.float32)
         y += d * shift
         curvature = tl.sum(d * y, 1)
-        # Rows that are done have d = 0 and y = 0. One whose y is no number spoils itself only.
+        # Rows that are done have d = 0 and y = 0. One whose y is no number spoils its own r, which
+        # is not looked at again before the loop has ended.
         active = active & (curvature > 0) & (curvature < float("inf"))
         over = tl.where(active, 1.0 / curvature, 0.0)
         a = tl.where(active, tl.sum(r * d, 1) * over, 0.0)
         x += a[:, None] * d
-        r = tl.where(active[:, None], r - a[:, None] * y, r)
+        r -= a[:, None] * y
         smallest = tl.where(active, tl.minimum(smallest, a / length), smallest)
         steps += active.to(tl.int32)
         size = tl.where(active, tl.sum(r * r, 1), size)
@@ -162,12 +172,13 @@ def solve_kernel(
         turn = tl.where(active, tl.sum(r * y, 1) * over, 0.0)
         # r is now orthogonal to d, whose norm is 1 but for rounding: no sum for that of p.
         length = tl.where(active, tl.sqrt(size + turn * turn), length)
-        following = (r - turn[:, None] * d) * tl.where(active, 1.0 / length, 0.0)[:, None]
-        p = tl.where(active[:, None], following, 0.0).to(OPERAND)
+        following = (r - turn[:, None] * d) * (1.0 / length)[:, None]
+        p = tl.where(active[:, None], following.to(OPERAND), 0.0)
         going = tl.max(active.to(tl.int32), 0)
         count += 1
 
     # A step that was taken is at most 1 / (smallest ridge); a wild one is not taken again.
+    r = tl.where((tl.sum(r * 0.0, 1) == 0.0)[:, None], r, 0.0)
     free = (smallest > 0) & (smallest < float("inf")) & (tol > 0)
     x += tl.where(free, smallest, 0.0)[:, None] * tl.where(free[:, None], r, 0.0)
     lost = ((steps >= D) & (size > whole)) | (tl.sum(x * 0.0, 1) != 0.0)
