@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import wave
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cli import tiny_folders as tiny
 from regard.bench.inspecting.reading import read_wave, resample
 from regard.cli import app
 from regard.lens.maps import attention_maps
+from regard.lens.pruning import head_gates
 from regard.lens.sinks import sinks
 from regard.testing import resources
 
@@ -126,9 +129,52 @@ def test_image(models: dict[str, Path], tmp_path: Path) -> None:
     assert found["Sinks: self-attention"]["tokens"][:2] == ["class", "(0, 0)"]
     assert np.shape(found["Saliency"]["effect"]) == (1, 4, 4)
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 8
+    assert page.count("<img") == 7
     assert page.count('id="explorer"') == 1
     assert 'alt="The input"' in page
+
+
+def test_a_folder_of_pictures(models: dict[str, Path], tmp_path: Path) -> None:
+    """Pictures in subfolders named for classes; what the page holds is what the model answers."""
+    for number, name in enumerate(("LABEL_3", "label_0", "2")):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        for more in range(2):
+            tiny.picture(tmp_path / "many" / name / f"{more}.png", seed=2 * number + more)
+    (tmp_path / "many" / "notes.txt").write_text("no picture")
+    done = run(tmp_path, models["image"], "many", *FILES, "--pictures", "4")
+    assert done.exit_code == 0, done.output
+    assert "Input: many, 4 pictures of 4 x 4 patches." in done.stdout
+    assert "4 of 6 pictures, evenly chosen (--pictures)." in done.stdout
+    found = numbers(tmp_path)
+    assert found["what"] == ["heads"]
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="explored">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert [picture["label"] for picture in data["pictures"]] == [2, 3, 3, 0]
+    model = transformers.ViTForImageClassification.from_pretrained(models["image"]).eval()
+    processor = tiny.processor(transformers, 16)
+    answers = data["answers"]
+    files = [tmp_path / "many" / name for name in ("2/0.png", "LABEL_3/0.png")]
+    assert data["pictures"][1]["name"] == "0.png"
+
+    def stored(name: str, *shape: int) -> np.ndarray:
+        values = np.frombuffer(base64.b64decode(answers[name]), "<f4")
+        return values.reshape(4, *shape, 5)
+
+    order, counts = answers["order"], answers["counts"]
+    for place, file in enumerate(files):
+        pixels = processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad(), head_gates(model) as gates:
+            for off, kept in [
+                ([], stored("whole")[place]),
+                ([(1, 2)], stored("without", 2, 3)[place, 1, 2]),
+                ([(0, 0), (0, 1), (0, 2)], stored("withoutLayer", 2)[place, 0]),
+                (order[:4], stored("inOrder", len(counts))[place, counts.index(4)]),
+            ]:
+                gates.fill_(1)
+                for layer, head in off:
+                    gates[layer, head] = 0
+                wanted = model(pixels).logits[0, answers["numbers"]]
+                np.testing.assert_allclose(kept, wanted, atol=1e-5)
 
 
 def test_audio(models: dict[str, Path], tmp_path: Path) -> None:
@@ -180,6 +226,14 @@ def test_the_same_twice(models: dict[str, Path], tmp_path: Path) -> None:
         ("text", "a cat", ("--runs", "7"), "--runs must be an even number"),
         ("text", "a cat", ("--device", "tpu"), "torch sees no such device"),
         ("text", "a cat", ("--out", "no/x.html"), "no such folder: no"),
+        ("text", "pictures", (), "pictures is a folder; those of pictures are read, for image"),
+        ("image", "pictures", (), "pictures is a folder without pictures"),
+        ("image", "cats", (), "the subfolder 'cats' names no class of the model (LABEL_0, LABEL_1"),
+        ("image", "broken_folder", (), "b.png cannot be read as an image"),
+        ("image", "good", ("--pictures", "0"), "--pictures must be at least 1, got 0"),
+        ("image", "good", ("--what", "maps,heads"), "--what maps looks at one picture"),
+        ("image", "noise.png", ("--pictures", "3"), "--pictures is for an INPUT that is a folder"),
+        ("text", "a cat", ("--pictures", "3"), "--pictures is for an INPUT that is a folder"),
         ("windows", "noise.png", (), "layers of one size without windows"),
     ],
 )
@@ -207,6 +261,13 @@ def test_wrong_usage(
             (folder / name).write_bytes((models["image"] / name).read_bytes())
     if given.startswith("junk"):
         (tmp_path / given).write_bytes(b"\xff\xfe\x00\x9d" * 9)
+    if given in ("pictures", "cats", "broken_folder", "good"):
+        inside = tmp_path / given / ("cats" if given == "cats" else "")
+        inside.mkdir(parents=True)
+        if given != "pictures":
+            tiny.picture(inside / "a.png")
+        if given == "broken_folder":
+            (inside / "b.png").write_bytes(b"\xff" * 9)
     if given == "silent.wav":
         tiny.recording(tmp_path / given, rate=1)
     done = run(tmp_path, folder, given, "--json", "out.json", *options)

@@ -87,9 +87,9 @@ def speech_model(folder: Path, transformers: Any) -> Path:
     return folder
 
 
-def picture(path: Path) -> Path:
+def picture(path: Path, seed: int = 0) -> Path:
     """A PNG file of noise."""
-    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3))
+    values = np.random.default_rng(seed).integers(0, 256, (20, 30, 3))
     Image.fromarray(values.astype(np.uint8)).save(path)
     return path
 

@@ -113,6 +113,29 @@ def test_layers_before_the_pruned_one_are_not_run(
         handle.remove()
 
 
+def test_prefixes_save_most_of_half_of_twelve_layers() -> None:
+    """Counted, not timed: blocks run per image, with and without kept prefixes; same answers."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"img_size": 8, "patch_size": 4, "num_classes": 3, "mlp_ratio": 1.0}
+    deep = VisionTransformer(embed_dim=12, depth=12, num_heads=3, **options).eval()
+    images, labels = torch.randn(2, 3, 8, 8), torch.arange(2)
+    ran = [0]
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ran[0] += len(output) // len(images)
+
+    for block in deep.blocks:
+        block.attn.register_forward_hook(count)
+    found, evaluations = [], []
+    for prefix in (True, False):
+        ran[0] = 0
+        found.append(head_importance(deep, images, labels, metrics=["jsd"], prefix=prefix))
+        evaluations.append(ran[0])
+    assert evaluations == [12 + 3 * sum(range(1, 13)), 12 + 3 * 12 * 12]
+    assert evaluations[1] / evaluations[0] > 1.6
+    np.testing.assert_allclose(found[0].per_image["jsd"], found[1].per_image["jsd"], atol=1e-6)
+
+
 def test_gates_of_one_change_no_bit_and_zero_is_no_value(
     model: nn.Module, sample: tuple[Tensor, Tensor]
 ) -> None:

@@ -27,18 +27,26 @@ def inspect(
     given: Annotated[
         str,
         typer.Argument(
-            metavar="INPUT", help="A text or a file of one, a picture, or a WAV recording."
+            metavar="INPUT",
+            help="A text or a file of one, a picture or a folder of them, or a WAV recording.",
         ),
     ],
     what: Annotated[
-        str,
-        typer.Option(help="Of 'sinks', 'heads', 'maps' and 'saliency', separated by commas."),
-    ] = "sinks,heads,maps,saliency",
+        str | None,
+        typer.Option(
+            help="Of 'sinks', 'heads', 'maps' and 'saliency', separated by commas (default: all; "
+            "of a folder 'heads')."
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Numbers of layers, separated by commas (default: all).")
     ] = None,
     heads: Annotated[
         str | None, typer.Option(help="Numbers of heads, separated by commas (default: all).")
+    ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(help="Of a folder, at most so many, evenly from all (default: 24)."),
     ] = None,
     runs: Annotated[
         int, typer.Option(help="With parts of the input hidden, for the saliency.")
@@ -54,7 +62,7 @@ def inspect(
     """
     run = Running("inspect")
     run.check_files(out, json)
-    chosen = run.names("--what", what)
+    chosen = None if what is None else run.names("--what", what)
     only = None if layers is None else run.integers("--layers", layers)
     some = None if heads is None else run.integers("--heads", heads)
 
@@ -66,6 +74,7 @@ def inspect(
                 model_dir,
                 given,
                 chosen,
+                pictures=pictures,
                 layers=only,
                 heads=some,
                 runs=runs,

@@ -256,19 +256,12 @@ def summarise_patterns(
             scikit-learn.
     """
     operation = "summarise_patterns"
-    cluster_tools = require("sklearn.cluster", "sklearn")
-    metrics = require("sklearn.metrics", "sklearn")
-    if embed not in ("tsne", "pca"):
-        raise ValueError(f"{operation}: embed must be 'tsne' or 'pca', got {embed!r}")
+    require("sklearn", "sklearn")
     if heads is not None and len(heads) != len(weights):
         raise ValueError(
             f"{operation}: heads must name (layer, head) of {len(weights)} maps, got {len(heads)}"
         )
-    offered = [clusters] if isinstance(clusters, int) else sorted(set(clusters))
-    if not offered or offered[0] < 2 or offered[-1] >= len(weights):
-        raise ValueError(
-            f"{operation}: clusters must be from 2 to {len(weights) - 1}, got {offered}"
-        )
+    offered = _offered(clusters, embed, len(weights), operation)
     scores = template_scores(weights, grid, prefix)
     # Rows are shares of everything, prefix tokens included: what little a head that looks at the
     # class token gives to patches is noise, and stays as small as it is.
@@ -282,9 +275,120 @@ def summarise_patterns(
         epochs=epochs,
         seed=seed,
     )
+    named = (scores.best(), scores.cosine.max(-1))
+    return _clustered(fitted, named, heads, offered, embed, seed)
+
+
+class PatternSample:
+    """Keeps the patterns of at most `most` maps of a stream: memory does not grow with images.
+
+    `add(image, layer, weights [H, T, T])` in any order; every map is as likely as any other to be
+    kept (reservoir sampling from `seed`). `places [M, 3]` are (image, layer, head) of those kept,
+    `small [M, S, S]` their patch parts as the autoencoder takes them. `summary()` is that of
+    `summarise_patterns` for them.
+
+    >>> sample = PatternSample(4, 1, most=20)
+    >>> for image in range(30):
+    ...     sample.add(image, 0, torch.rand(3, 17, 17).softmax(-1))
+    >>> sample.places.shape, sample.small.shape
+    ((20, 3), (20, 32, 32))
+    """
+
+    def __init__(
+        self,
+        grid: int | tuple[int, int],
+        prefix: int = 1,
+        *,
+        size: int = 32,
+        scale: Scale = "sqrt",
+        most: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        if most < 1:
+            raise ValueError(f"PatternSample: most must be at least 1, got {most}")
+        self.grid, self.prefix, self.size = grid, prefix, size
+        self.scale: Scale = scale
+        self.most, self.seen = most, 0
+        self._random = np.random.default_rng(seed)
+        self._kept: list[tuple[tuple[int, int, int], Tensor, str, float]] = []
+
+    def add(self, image: int, layer: int, weights: Float[Tensor, "h t t"]) -> None:
+        """The maps of all heads of one layer on one image; rows sum to one."""
+        scores = template_scores(weights, self.grid, self.prefix)
+        names, fits = scores.best(), scores.cosine.max(-1)
+        for head, own in enumerate(weights.detach()):
+            place = (
+                self.seen if self.seen < self.most else int(self._random.integers(self.seen + 1))
+            )
+            self.seen += 1
+            if place >= self.most:
+                continue
+            part = own[None, self.prefix :, self.prefix :]
+            # The autoencoder multiplies by the size again.
+            part = prepared(part, self.size, self.scale, normalise=False)[0, 0] / self.size
+            made = ((image, layer, head), part.cpu(), str(names[head]), float(fits[head]))
+            self._kept[place : place + 1] = [made]
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        return np.array([place for place, *_ in self._kept], dtype=np.int64).reshape(-1, 3)
+
+    @property
+    def small(self) -> NDArray[np.float32]:
+        if not self._kept:
+            return np.zeros((0, self.size, self.size), np.float32)
+        return torch.stack([part for _, part, *_ in self._kept]).numpy()
+
+    def summary(
+        self,
+        *,
+        clusters: int | Sequence[int] = (2, 3, 4, 5, 6, 7, 8, 9, 10),
+        embed: Literal["tsne", "pca"] = "tsne",
+        width: int = 32,
+        epochs: int = 30,
+        seed: int = 0,
+    ) -> PatternSummary:
+        """Clusters, names and the map of points; options and errors of `summarise_patterns`."""
+        offered = _offered(clusters, embed, len(self._kept), "PatternSample.summary")
+        _, fitted = fit_autoencoder(
+            torch.from_numpy(self.small),
+            size=self.size,
+            width=width,
+            scale="none",
+            normalise=False,
+            epochs=epochs,
+            seed=seed,
+        )
+        named = (
+            np.array([name for *_, name, _ in self._kept]),
+            np.array([fit for *_, fit in self._kept]),
+        )
+        return _clustered(fitted, named, self.places[:, 1:], offered, embed, seed)
+
+
+def _offered(clusters: int | Sequence[int], embed: str, count: int, operation: str) -> list[int]:
+    """The numbers of clusters to choose from, for so many maps."""
+    if embed not in ("tsne", "pca"):
+        raise ValueError(f"{operation}: embed must be 'tsne' or 'pca', got {embed!r}")
+    offered = [clusters] if isinstance(clusters, int) else sorted(set(clusters))
+    if not offered or offered[0] < 2 or offered[-1] >= count:
+        raise ValueError(f"{operation}: clusters must be from 2 to {count - 1}, got {offered}")
+    return offered
+
+
+def _clustered(
+    fitted: Fitted,
+    named: tuple[NDArray[np.str_], NDArray[np.float64]],
+    heads: Sequence[tuple[int, int]] | NDArray[np.int64] | None,
+    offered: Sequence[int],
+    embed: str,
+    seed: int,
+) -> PatternSummary:
+    """Clusters of latent vectors; `named` is the best template of every map and its cosine."""
+    tools, metrics = require("sklearn.cluster", "sklearn"), require("sklearn.metrics", "sklearn")
     best = (-2.0, None)
     for number in offered:
-        found = cluster_tools.KMeans(number, n_init=10, random_state=seed).fit(fitted.latents)
+        found = tools.KMeans(number, n_init=10, random_state=seed).fit(fitted.latents)
         quality = float(metrics.silhouette_score(fitted.latents, found.labels_))
         best = max(best, (quality, found), key=lambda pair: pair[0])
     quality, found = best
@@ -296,12 +400,13 @@ def summarise_patterns(
             for k, centre in enumerate(centres)
         ]
     )
+    names, fits = named
     return PatternSummary(
         labels,
         _embedding(fitted.latents, embed, seed),
         medoids,
-        scores.best()[medoids].tolist(),
-        scores.cosine[medoids].max(-1),
+        names[medoids].tolist(),
+        fits[medoids],
         quality,
         *_per_head(labels, heads, len(centres)),
         fitted,

@@ -29,8 +29,9 @@ class Inspecting:
 
     Args:
         folder: the model, as `save_pretrained` writes it, with tokenizer or preprocessor.
-        given: a text or a file of one; a picture; a WAV recording.
-        what: of "sinks", "heads", "maps", "saliency".
+        given: a text or a file of one; a picture or a folder of them; a WAV recording.
+        what: of "sinks", "heads", "maps", "saliency"; None: all, of a folder of pictures "heads".
+        pictures: how many of a folder to take, evenly from all; None: 24.
         layers, heads: numbers of those to show; None: all.
         runs: with parts of the input hidden, for the saliency.
         seed: of what is hidden.
@@ -45,8 +46,9 @@ class Inspecting:
         self,
         folder: Path,
         given: str,
-        what: Sequence[str] = WHAT,
+        what: Sequence[str] | None = None,
         *,
+        pictures: int | None = None,
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         runs: int = 128,
@@ -54,9 +56,18 @@ class Inspecting:
         device: str = "cpu",
         progress: Step | None = None,
     ) -> None:
+        folder_given = len(given) < 1024 and Path(given).is_dir()
+        if what is None:
+            what = ("heads",) if folder_given else WHAT
         unknown = [name for name in what if name not in WHAT]
         if unknown or not what:
             raise ValueError(f"--what must be of {', '.join(WHAT)}, got {', '.join(unknown)!r}")
+        alone = [name for name in what if name != "heads"]
+        if folder_given and alone:
+            raise ValueError(
+                f"--what {', '.join(alone)} looks at one picture and INPUT {given} is a folder; "
+                "of a folder only the heads are shown"
+            )
         if runs < 4 or runs % 2:
             raise ValueError(f"--runs must be an even number of at least 4, got {runs}")
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
@@ -66,7 +77,7 @@ class Inspecting:
         opened = open_model(folder, device)
         transformers = require("transformers", "hf")
         with quiet(transformers):
-            subject = read_subject(opened, given)
+            subject = read_subject(opened, given, pictures)
             self._look = look_at(opened, subject, layers, heads, runs, seed)
         name = type(opened.model).__name__
         count = sum(parameter.numel() for parameter in opened.model.parameters())
@@ -123,5 +134,7 @@ def _described(look: Look) -> str:
     if subject.span:
         return f"{subject.source}, {subject.seconds:.2f} seconds"
     if subject.grid:
-        return f"{subject.source}, {subject.grid[0]} x {subject.grid[1]} patches"
+        count = len(subject.pictures)
+        many = f", {count} pictures of" if count > 1 else ","
+        return f"{subject.source}{many} {subject.grid[0]} x {subject.grid[1]} patches"
     return subject.source

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import wave
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.bench.inspecting.opening import Opened, attempt
+from regard.bench.inspecting.pictures import (
+    MOST,
+    Labelled,
+    as_url,
+    find_pictures,
+    prepared_picture,
+    prepared_pictures,
+)
 
 NEW_TOKENS = 48  # at most, of what an encoder-decoder writes
 
@@ -25,7 +31,8 @@ class Subject:
 
     `inputs` are the model's keyword arguments, of one input. `words` are the tokens of a text;
     `written` those of the decoder; `grid` rows and columns of an image's patches; `seconds` the
-    length of a recording, `span` that of what the model sees. `notes` say what was changed.
+    length of a recording, `span` that of what the model sees. `pictures` are the files of a folder
+    of images, of which `inputs` is the first. `notes` say what was changed.
     """
 
     source: str
@@ -37,6 +44,7 @@ class Subject:
     span: float = 0.0
     thumbnail: str = ""
     pixels: NDArray[np.float32] | None = None
+    pictures: list[Labelled] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def prefix(self, tokens: int) -> int | None:
@@ -67,14 +75,26 @@ class Subject:
         return min(tokens, int(np.ceil(tokens * self.seconds / self.span))) if self.span else tokens
 
 
-def read_subject(opened: Opened, given: str) -> Subject:
-    """The input for the model: a text or a file of one; a picture; a WAV recording.
+def read_subject(opened: Opened, given: str, most: int | None = None) -> Subject:
+    """The input for the model: a text or a file of one; a picture or a folder; a WAV recording.
+
+    `most` is how many pictures of a folder are taken (default 24).
 
     Raises:
-        ValueError: no such file, one that cannot be read, or an empty text.
+        ValueError: no such file, one that cannot be read, or an empty text; a folder without
+            pictures, or for a model that takes none; `most` without a folder or below 1.
     """
-    read = {"text": _text, "image": _image, "audio": _audio}[opened.modality]
-    found = read(opened, given)
+    folder = len(given) < 1024 and Path(given).is_dir()
+    if folder and opened.modality != "image":
+        raise ValueError(f"INPUT {given} is a folder; those of pictures are read, for image models")
+    if most is not None and not folder:
+        raise ValueError("--pictures is for an INPUT that is a folder of pictures")
+    if most is not None and most < 1:
+        raise ValueError(f"--pictures must be at least 1, got {most}")
+    if opened.modality == "image":
+        found = _image(opened, given, most)
+    else:
+        found = {"text": _text, "audio": _audio}[opened.modality](opened, given)
     device = next(opened.model.parameters()).device
     found.inputs.update({name: value.to(device) for name, value in found.inputs.items()})
     return _with_decoder(opened, found) if opened.model.config.is_encoder_decoder else found
@@ -115,37 +135,33 @@ def _words(tokenizer: Any, ids: list[int]) -> list[str]:
     return [str(token).replace("Ġ", "␣").replace("▁", "␣") for token in tokens]
 
 
-def _image(opened: Opened, given: str) -> Subject:
-    from PIL import Image
-
-    path = _file(given)
-
-    def read() -> Any:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-
-    picture = attempt(f"INPUT {path} cannot be read as an image", read)
-    made = opened.prepare(picture, return_tensors="pt")
-    pixels = made["pixel_values"]
-    if pixels.ndim != 4:
-        raise ValueError(
-            f"{type(opened.model).__name__} takes pixel values {tuple(pixels.shape)}; inspected "
-            "are models that take [1, channels, height, width]"
-        )
+def _image(opened: Opened, given: str, most: int | None) -> Subject:
+    given_path, notes = Path(given), []
     config = getattr(opened.model.config, "vision_config", opened.model.config)
+    if given_path.is_dir():
+        labels = getattr(opened.model.config, "id2label", None) or {}
+        pictures, count = find_pictures(given_path, labels, MOST if most is None else most)
+        if len(pictures) < count:
+            notes.append(f"{len(pictures)} of {count} pictures, evenly chosen (--pictures).")
+    else:
+        pictures = [Labelled(_file(given))]
+    pixels, shown = prepared_picture(opened, pictures[0].path)
+    for _ in prepared_pictures(opened, pictures[1:], pixels.shape):
+        pass  # before anything is computed, every file is known to be good
     size = getattr(config, "patch_size", None)
     sizes = (size, size) if isinstance(size, int) else size
     grid = None
     if sizes is not None:
         grid = (pixels.shape[2] // sizes[0], pixels.shape[3] // sizes[1])
-    shown = pixels[0].permute(1, 2, 0)
-    shown = ((shown - shown.min()) / (shown.max() - shown.min()).clamp_min(1e-6)).numpy()
-    shown = np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown
-    buffer = io.BytesIO()
-    Image.fromarray((255 * shown).astype(np.uint8)).save(buffer, format="png")
-    thumbnail = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    inputs = {"pixel_values": pixels}
-    return Subject(str(path), inputs, grid=grid, thumbnail=thumbnail, pixels=shown)
+    return Subject(
+        given if given_path.is_dir() else str(given_path),
+        {"pixel_values": pixels},
+        grid=grid,
+        thumbnail=as_url(shown, "png", max(shown.shape)),
+        pixels=shown,
+        notes=notes,
+        pictures=pictures,
+    )
 
 
 def _audio(opened: Opened, given: str) -> Subject:
