@@ -1,13 +1,14 @@
 """Local linear attention on one GPU: is it right, how long does it take.
 
 Run: python benchmarks/gpu.py [--minutes 8] [--out FILE]
-     python benchmarks/gpu.py --only fuzz --fuzz 1000
+     python benchmarks/gpu.py --only fuzz --fuzz 100     (benchmarks/fuzz.py: many more)
      python benchmarks/gpu.py --dry-run      (on a processor, tiny, eager, nothing is timed)
 Writes results/gpu.json after every row. What the minutes do not suffice for is left out and
 listed. The exit code is 1 if any result is wrong; a target of speed that is missed is reported
 only.
 
-Kernels are compiled first, by several processes at once, after the first call was timed cold.
+The first call is timed cold. Then several processes compile every kernel that is timed and make the
+short calls that are judged whole, at most for 45 % of the minutes; the rest is for the times.
 Medians of CUDA events, the cache emptied before each run, all contestants in turns in one process:
 ours, torch's flash kernel and cuDNN's, flash-linear-attention where it is installed.
 """
@@ -16,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,19 +30,24 @@ from typing import Any
 
 import torch
 
-from regard.bench.kernels import gpu
+from regard.bench.kernels import gpu, others, sparse
 from regard.bench.kernels.case import Case
 from regard.bench.kernels.measure import Bench
 from regard.bench.kernels.result import Result, as_text, facts
 from regard.bench.kernels.rows import Left, Row
 from regard.bench.measure.clock import Stopwatch
+from regard.core.state import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("checks", "fuzz", "times")
-FOR_CHECKS = 0.5  # of the time, at most
-FUZZ_ALIKE = 50  # random calls that share what is compiled
+FOR_CHECKS = 0.45  # of the time, at most, with what is compiled before
+ALONE = 0.95  # of the time, where nothing is timed
+ATTEMPTS = 2  # at a row, while the device is not quiet
+FUZZ_ALIKE = 50  # random calls of a kind, which share what is compiled
 MOST_PROCESSES = 14
-COMPILING = 150.0  # seconds, at most
+GRACE = 3.0  # seconds after which a process is ended
+NO_TIME = "no time was left"
+Check = tuple[Case, tuple[str, ...] | None]
 DRY_CHECKS = 11  # one of so many in a dry run
 
 
@@ -59,7 +67,9 @@ class Run:
         self.device = "cpu" if self.dry else "cuda"
         self.begun = time.perf_counter()
         self.limit = 60 * options.minutes
-        self.bench = Bench(self.device, timed=not self.dry, peak=None if self.dry else peak)
+        self.bench = Bench(
+            self.device, timed=not self.dry, attempts=ATTEMPTS, peak=None if self.dry else peak
+        )
         self.judge = Bench(self.device, timed=False)
         self.result = Result(self.device, facts(self.device))
         self.path = options.out or (None if self.dry else RESULTS / "gpu.json")
@@ -85,22 +95,20 @@ class Run:
             self.result.peak["before"] = peak()
             for case in programme[:1]:  # its first call compiles: nothing is in a cache yet
                 self.row(case)
-            if programme or checks:
-                self.compile()
             programme = programme[1:]
-        until = (FOR_CHECKS if programme else 1.0) * self.limit
-        for case, learn in checks:
-            if self.seconds > until:
-                self.result.checks.append(Left(case, "no time was left"))
-                continue
-            found = self.judge.row(case) if learn is None else self.judge.check(case, learn)
-            self.result.checks.append(found)
-            self.keep(f"check {case.name}")
+        if self.limit <= 0:
+            self.result.checks = [Left(case, NO_TIME) for case, _ in checks]
+        elif self.dry:
+            for case, learn in checks:
+                self.result.checks.append(judged(self.judge, case, learn))
+                self.keep(f"check {case.name}")
+        elif programme or checks:
+            self.prepare(checks, compiling=bool(programme))
         if "fuzz" in parts and self.options.fuzz:
             self.random_calls()
         for case in programme:
             if self.seconds > self.limit:
-                self.result.rows.append(Left(case, "no time was left"))
+                self.result.rows.append(Left(case, NO_TIME))
                 continue
             self.row(case)
         if not self.dry:
@@ -123,42 +131,49 @@ class Run:
             return cases
         return list({case.name: case for case in map(gpu.shrunk, cases)}.values())
 
-    def checks(self) -> list[tuple[Case, tuple[str, ...] | None]]:
+    def checks(self) -> list[Check]:
         """Calls that are judged: whole with what is learnt, or (None) long ones at some rows.
 
         In a spread order: what there is no time for is left out everywhere.
         """
-        every = [*gpu.checked(length=32 if self.dry else 1024)]
-        checks = spread([*every, *((case, None) for case in gpu.judged())])
+        checks = every_check(32 if self.dry else 1024)
         if not self.dry:
             return checks
         return [(gpu.shrunk(case), learn) for case, learn in checks[::DRY_CHECKS]]
 
-    def compile(self) -> None:
-        """Every kernel into Triton's cache on disk, by several processes at once."""
+    def prepare(self, checks: list[Check], compiling: bool) -> None:
+        """Kernels into Triton's cache on disk, and the checks, by several processes at once."""
         count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2))
-        command = [sys.executable, __file__, "--compile-only"]
-        parts = [subprocess.Popen([*command, f"{i}/{count}"]) for i in range(count)]
-        deadline = time.perf_counter() + COMPILING
-        for part in parts:
-            try:
-                part.wait(max(0.0, deadline - time.perf_counter()))
-            except subprocess.TimeoutExpired:
-                part.kill()  # what is missing is compiled when it is called
-                part.wait()
-        self.keep(f"compiled by {count} processes")
+        seconds = (FOR_CHECKS if compiling else ALONE) * self.limit - self.seconds
+        deadline = time.time() + max(0.0, seconds)
+        found: dict[int, Row | Left] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--worker", folder, "--until", f"{deadline}"]
+            command += ["--only", "times"] * compiling + ["--only", "checks"] * bool(checks)
+            parts = [subprocess.Popen([*command, "--part", f"{i}/{count}"]) for i in range(count)]
+            for part in parts:
+                try:
+                    part.wait(max(0.0, deadline + GRACE - time.time()))
+                except subprocess.TimeoutExpired:
+                    part.kill()  # what is missing is compiled when it is called
+                    part.wait()
+            for file in Path(folder).glob("*.pickle"):
+                found |= pickle.loads(file.read_bytes())
+        for place, (case, _) in enumerate(checks):
+            self.result.checks.append(found.get(place) or Left(case, NO_TIME))
+        self.keep(f"compiled by {count} processes; {len(found)} of {len(checks)} checks")
 
     def random_calls(self) -> None:
         """`regard.testing.fuzz`."""
         from regard.testing.fuzz import fuzz
 
         impl = "eager" if self.dry else "triton"
-        alike = 1 if self.dry else FUZZ_ALIKE
         for mechanism in ("local_linear", "parallax"):
             count = self.options.fuzz if mechanism == "local_linear" else self.options.fuzz // 4
+            kinds = None if self.dry else max(1, count // FUZZ_ALIKE)
             found = fuzz(
                 count, mechanism=mechanism, impl=impl, device=self.device,
-                seed=self.options.seed, start=self.options.start, alike=alike,
+                seed=self.options.seed, start=self.options.start, kinds=kinds,
             )  # fmt: skip
             self.result.fuzz.append(found)
             self.keep(f"{count} random calls of {mechanism}")
@@ -167,26 +182,57 @@ class Run:
 def _compiled(case: Case) -> tuple[Any, ...]:
     """What the kernels of a call may depend on: neither ridge nor keys."""
     names = ("mechanism", "work", "dim", "length", "rows", "dtype", "extra", "causal", "kv_heads")
-    kind = case.section == "check"
-    return (kind, *(getattr(case, name) for name in names), *map(str, case.options.items()))
+    options = [str(item) for item in case.options.items() if item[0] not in ("tol", "tol_backward")]
+    return (*(getattr(case, name) for name in names), *options)
 
 
-def compile_part(part: str) -> None:
-    """Calls every n-th case once, forward and backward; whatever fails will say so when timed."""
-    number, count = map(int, part.split("/"))
-    cases = [*gpu.timed(), *(case for case, _ in gpu.checked()), *gpu.judged()]
-    for case in list({_compiled(case): case for case in cases}.values())[number::count]:
-        if case.impl != "triton":
-            continue
-        backward = case.work == "gradients" or case.section == "check"
-        with suppress(Exception), torch.set_grad_enabled(backward):
-            given = case.arguments("cuda")
-            if backward:
-                given = {n: x.requires_grad_() if n in "qkv" else x for n, x in given.items()}
-            out = case.run(given)
-            if backward:
-                out.sum().backward()
-            torch.cuda.synchronize()
+def every_check(length: int = 1024) -> list[Check]:
+    """Calls that are judged, in a spread order."""
+    long = ((case, None) for case in gpu.judged())
+    return spread([*gpu.checked(length=length), *long])
+
+
+def judged(bench: Bench, case: Case, learn: tuple[str, ...] | None) -> Row | Left:
+    """A call compared whole with what is learnt, or (None) at some rows."""
+    return bench.row(case) if learn is None else bench.check(case, learn)
+
+
+def work(options: argparse.Namespace) -> None:
+    """What one process of many does: compiles every n-th case that is timed, then judges checks.
+
+    What it found lies in the folder after every check.
+    """
+    number, count = map(int, options.part.split("/"))
+    if "times" in options.only:
+        for case in list({_compiled(case): case for case in gpu.timed()}.values())[number::count]:
+            if time.time() < options.until:
+                with suppress(Exception):  # whatever fails will say so when it is timed
+                    _compile(case)
+    bench, found = Bench("cuda", timed=False), {}
+    checks = list(enumerate(every_check()))[number::count] if "checks" in options.only else []
+    for place, (case, learn) in checks:
+        if time.time() > options.until:
+            return
+        found[place] = judged(bench, case, learn)
+        write_atomically(options.worker / f"{number}.pickle", pickle.dumps(found))
+
+
+def _compile(case: Case) -> None:
+    """One call, forward and where it is timed backward."""
+    if case.impl != "triton":
+        return
+    backward = case.work == "gradients"
+    with torch.set_grad_enabled(backward):
+        given = case.arguments("cuda")
+        if backward:
+            given = {n: x.requires_grad_() if n in "qkv" else x for n, x in given.items()}
+        out = case.run(given)
+        if backward:
+            out.sum().backward()
+        if case.mechanism in sparse.MECHANISMS:  # torch's compiler has a cache on disk, too
+            for call in others.contestants(case, given, "cuda").values():
+                call()
+        torch.cuda.synchronize()
 
 
 def spread(items: Iterable) -> list:
@@ -207,14 +253,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random calls")
     parser.add_argument("--start", type=int, default=0, help="number of the first random call")
     parser.add_argument("--only", action="append", choices=PARTS, help="a part, may be repeated")
-    parser.add_argument("--compile-only", metavar="PART", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="tiny and eager, on a processor")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here (--dry-run tries the script without one)")
-    if options.compile_only is not None:
-        compile_part(options.compile_only)
+    if options.worker is not None:
+        work(options)
         return 0
     result = Run(options).everything()
     print(as_text(result, ("flash", "cuDNN")))

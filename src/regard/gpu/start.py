@@ -4,11 +4,18 @@ Triton looks at every argument of every start: what type it has, whether it is 1
 of 16, which options there are. For sixty arguments that takes longer than a short kernel. Here
 the same facts make one key, and what was compiled for it is started directly. Arguments that
 several kernels share are looked at once (`Shared`).
+
+The first call of an op waits for its kernels to be translated. Most of that time is spent in other
+programs and without Python's lock, so `together` has them all translated at once.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -29,6 +36,60 @@ class Shared(NamedTuple):
 _NOTHING = Shared({}, ())
 _compiled: dict[tuple[Any, ...], Any] = {}
 _names: dict[Any, tuple[str, ...]] = {}
+# What a kernel that was not translated yet meets: None translates it on the spot.
+_meets: ContextVar[Callable[..., Any] | None] = ContextVar("meets", default=None)
+MOST_AT_ONCE = 8  # kernels that are translated at the same time
+Result = TypeVar("Result")
+
+
+class _Missing(Exception):
+    """A kernel was not translated yet."""
+
+
+def together(run: Callable[[], Result]) -> Result:
+    """`run()`, after all of the kernels that it lacks were translated at once.
+
+    `run` starts kernels on memory that it allocates, and waits for no result of theirs: it is
+    called a second time without starting any, to learn which ones there are, and a third time.
+    Nothing of the kind happens where all are known, and while a graph is recorded.
+    """
+    cuda = torch.cuda.is_available()
+    if interpreting() or not cuda or torch.cuda.is_current_stream_capturing():
+        return run()
+    token = _meets.set(_stop)
+    try:
+        return run()
+    except _Missing:
+        pass
+    finally:
+        _meets.reset(token)
+    found: dict[Any, Future[Any]] = {}
+    with ThreadPoolExecutor(min(MOST_AT_ONCE, max(2, os.cpu_count() or 1))) as pool:
+
+        def note(key: Any, kernel: Any, chosen: dict[str, Any], options: dict[str, Any]) -> None:
+            if key not in found:
+                device = torch.cuda.current_device()
+                found[key] = pool.submit(_translate, kernel, device, chosen, options)
+
+        token = _meets.set(note)
+        try:
+            run()
+        finally:
+            _meets.reset(token)
+    return run()  # whatever could not be translated says so here
+
+
+def _stop(*_: Any) -> None:
+    raise _Missing
+
+
+def _translate(kernel: Any, device: int, chosen: dict[str, Any], options: dict[str, Any]) -> None:
+    """Translates a kernel, its launcher in C included, and loads it."""
+    with torch.cuda.device(device):
+        found = kernel.warmup(grid=(1, 1, 1), **chosen, **options)
+        load = getattr(found, "_init_handles", None)
+        if load is not None:
+            load()
 
 
 def start(
@@ -53,13 +114,17 @@ def start(
     facts = tuple(map(_fact, arguments, arguments.values()))
     key = (kernel.fn, device, warps, stages, registers, shared.facts, *arguments, facts)
     found = _compiled.get(key)
+    meets = _meets.get()
     if found is None:
-        chosen = {name: merged[name] for name in names}
-        found = kernel[grid](**chosen, **compiled(warps, stages, registers))
+        chosen, options = {name: merged[name] for name in names}, compiled(warps, stages, registers)
+        if meets is not None:
+            return meets(key, kernel, chosen, options)
+        found = kernel[grid](**chosen, **options)
         if found is not None:  # None: nothing is started, somebody only looks
             _compiled[key] = found
         return found
-    found[grid](*[merged[name] for name in names])
+    if meets is None or meets is _stop:  # else somebody only looks
+        found[grid](*[merged[name] for name in names])
     return found
 
 

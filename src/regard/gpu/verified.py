@@ -41,9 +41,7 @@ VERIFIED: tuple[Verified, ...] = (
 )
 
 
-def unverified(
-    form: str, device: torch.device, dtype: torch.dtype, head_size: int
-) -> str | None:
+def unverified(form: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Why `auto` does not take a form, although it could run; None where it was verified.
 
     >>> unverified("local_linear", torch.device("cpu"), torch.float32, 64)

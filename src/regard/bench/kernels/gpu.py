@@ -1,7 +1,9 @@
 """What is measured on a GPU, and what must come out of it: data.
 
 Targets are for one NVIDIA H100: 16-bit inputs, causal, sixteen heads, ratios to torch's flash
-kernel in the same process. cuDNN's kernel is timed beside it in every row.
+kernel in the same process. cuDNN's kernel is timed beside it in every row. Those of the forward of
+local linear attention are for the tolerance 1e-2; the default one, which is more exact, is timed
+beside it.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ PRECISE = 1.3  # times the default's time
 VARIANT = 1.25  # times the causal call's time per visible pair
 MEMORY = (4.0, 3.0)  # times the inputs, at 64k tokens: must, stretch
 FIRST_CALL = 15.0  # seconds
+DIRECT_UP_TO = 16  # channels that are solved for directly: no tolerance
 ROUNDING = 1.5  # times what rounding the inputs does by itself
 # Gradients of 16-bit inputs: this, or what rounding the inputs does if that is more.
 GRADIENT, GRADIENT_HARD = 5e-3, 1.5e-2
 FAST = {"precision": "fast", "tol": 1e-2, "tol_backward": 1e-2}
+LOOSE, LOOSE_ERROR, LOOSE_BOUND = {"tol": 1e-2}, 6e-3, 2e-2  # the error where ridge >= 1
 ANY = 0.5  # sharp keys in 16 bits: finite, and the residual tells
 
 
@@ -59,13 +63,14 @@ def timed(impl: str = "triton") -> Iterator[Case]:
         case = _forward(plain, *at, bounds)
         cold = () if position else (Target("first call", most=FIRST_CALL),)
         yield replace(case, targets=(*cold, *case.targets))
-    yield from family.on_gpu(plain)
-    yield from sparse.on_gpu(plain)
+    for at in FORWARD:
+        if at[0] > DIRECT_UP_TO:
+            yield _forward(plain, *at, None)
     yield from _gradients(plain)
     yield from _decodes(plain)
     yield from _relatives(plain)
-    yield from _precisions(plain)
-    yield from _variants(plain)
+    yield from family.on_gpu(plain)
+    yield from sparse.on_gpu(plain)
     must, stretch = MEMORY
     yield replace(
         plain, section="memory", length=K64,
@@ -74,6 +79,10 @@ def timed(impl: str = "triton") -> Iterator[Case]:
             Target("memory/inputs", most=stretch, level="stretch"),
         ),
     )  # fmt: skip
+    yield from _variants(plain)
+    yield from _precise(plain)
+    yield from sparse.long_on_gpu(plain)
+    yield from _tolerances(plain)
     for D in (32, 64, 128):
         yield _forward(plain, D, 1024, 1.0, "normal", None)
     for D in (64, 128):
@@ -95,20 +104,25 @@ def _forward(
     plain: Case, D: int, length: int, ridge: float, keys: Kind,
     bounds: tuple[float, float | None] | None,
 ) -> Case:  # fmt: skip
+    """With `bounds` at the tolerance that they are for, without at the default one."""
     targets: list[Target] = []
+    loose = bounds is not None and D > DIRECT_UP_TO
     if bounds is not None:
         must, stretch = bounds
         targets.append(Target("forward/flash", most=must))
         if stretch is not None:
             targets.append(Target("forward/flash", most=stretch, level="stretch"))
-    if keys != "sharp":
+    if loose and ridge >= 1.0:
+        targets.append(Target("output", most=LOOSE_ERROR))
+    elif keys != "sharp" and not loose:
         targets.append(Target("error/rounding", most=ROUNDING))
     published = PUBLISHED.get((D, length)) if (ridge, keys) == (1.0, "normal") else None
     if published is not None:
         targets.append(Target("published/forward", least=FASTER))
     return replace(
         plain, dim=D, length=length, ridge=ridge, keys=keys, published=published,
-        targets=tuple(targets), bound=ANY if keys == "sharp" else plain.bound,
+        targets=tuple(targets), options=LOOSE if loose else {},
+        bound=ANY if keys == "sharp" else LOOSE_BOUND if loose else plain.bound,
     )  # fmt: skip
 
 
@@ -147,7 +161,7 @@ def _relatives(plain: Case) -> Iterator[Case]:
                 )  # fmt: skip
 
 
-def _precisions(plain: Case) -> Iterator[Case]:
+def _precise(plain: Case) -> Iterator[Case]:
     for D in (64, 128):
         base = replace(plain, dim=D, length=K16)
         yield replace(
@@ -155,6 +169,9 @@ def _precisions(plain: Case) -> Iterator[Case]:
             targets=(Target("forward/base", most=PRECISE),),
         )  # fmt: skip
         yield replace(base, section="precision", options=FAST, against=base, bound=2e-2)
+
+
+def _tolerances(plain: Case) -> Iterator[Case]:
     for ridge in (0.1, 1.0):
         for tol in (3e-2, 1e-2, 3e-3, 1e-3, 1e-4):
             for precision in ("auto", "high"):

@@ -134,6 +134,7 @@ class Bench:
         inputs = sum(x.nbytes for n, x in given.items() if n in "qkv")
         if grown is not None and inputs:
             row.numbers["memory/inputs"] = grown / inputs
+        row.numbers["output"] = row.verdicts[0].error
         rounding = [v.error / v.rounding for v in row.verdicts if v.rounding]
         if rounding:
             row.numbers["error/rounding"] = rounding[0]  # of the output

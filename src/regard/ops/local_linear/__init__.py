@@ -116,7 +116,7 @@ def local_linear_attention(
             the eager form takes "direct" up to S D = 2^17 (2^18 where the ridge would) and "cg"
             beyond. It looks at metadata and that number only.
         tol: relative residual at which a query's iterations stop. None: 1e-12 for float64, 1e-4
-            for float32, 4.5e-4 for float16 and 3e-3 for bfloat16 inputs, whose rounding then is
+            for float32, 3e-4 for float16 and 1.5e-3 for bfloat16 inputs, whose rounding then is
             most of the error. With 0 every query makes
             `max_iters` iterations, nothing is solved again and nothing is synchronised.
         tol_backward: the same for the solves of the backward. None: tol / 100.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regard.core.budgets import relative_error
+from regard.core.budgets import budget, relative_error
 from regard.core.checks import name_of
 from regard.testing.law import law
 from regard.testing.subject import Subject
@@ -24,6 +24,9 @@ def _half(s: Subject, dtype: torch.dtype) -> str:
         allowed = ROOM * inputs + relative_error(exact.to(dtype), exact)
         if name_of(dtype) in s.card.budgets:
             allowed = max(allowed, s.card.budgets[name_of(dtype)][0])
+        if dtype == torch.float16 and s.device != "cpu":
+            # Tensor cores round weights and states as coarsely as these inputs were rounded.
+            allowed = max(allowed, budget(dtype))
         error = relative_error(out, exact)
         if not error <= allowed:
             s.broken(
@@ -48,7 +51,7 @@ def bfloat16(s: Subject) -> str:
 
 @law(cost="rotated")
 def float16(s: Subject) -> str:
-    """float16 inputs err at most 1.5 times what rounding them does, plus rounding the output."""
+    """As bfloat16; off a CPU within the budget, as products there round to 16 bits once more."""
     return _half(s, torch.float16)
 
 

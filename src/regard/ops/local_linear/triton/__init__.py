@@ -35,6 +35,7 @@ WIDEST = 128  # channels of a head
 # Head sizes that are solved directly: as cheap as a few steps, and as good for any keys.
 DIRECT_UP_TO = 16
 RIGHT_IN_SINGLE = 33, 64  # channels: where gradients with float32 operands were right on an H100
+GIVEN_UP_TO = 64  # channels: where gradients with a slope that is given (Parallax) were right there
 FAST = 1e-2  # tolerance of precision="fast"
 
 
@@ -116,17 +117,22 @@ def refuse_gradients(call: Any) -> str | None:
 
     With operands in float32 (and the Gaussian kernel has them for any inputs), Triton 3.6
     compiles some tiles of the key-major kernel for an H100 to wrong products and to reads outside
-    of shared memory, which the interpreter does not show. What was right on the device may run.
+    of shared memory, which the interpreter does not show. In wide heads the same kernel left
+    gradients of keys and values at zero where the slope is given. What was right on the device
+    may run.
     """
     single = call.q.dtype == torch.float32 or getattr(call, "kernel", "dot") != "dot"
-    if not single or gpu.interpreting() or not torch.is_grad_enabled():
+    given = getattr(call, "probe", None) is not None
+    if not (single or given) or gpu.interpreting() or not torch.is_grad_enabled():
         return None
-    least, most = RIGHT_IN_SINGLE
+    least, most = RIGHT_IN_SINGLE if single else (1, GIVEN_UP_TO)
     if least <= max(call.q.shape[3], call.v.shape[3]) <= most:
         return None
     # By the fields' names: vars() cannot be traced by torch.compile.
     operands = (getattr(call, field) for field in type(call).__dataclass_fields__)
     if any(isinstance(x, Tensor) and x.requires_grad for x in operands):
+        if not single:
+            return f"gradients with a slope that is given need at most {most} channels"
         return f"with operands in float32 its gradients need {least} to {most} channels"
     return None
 

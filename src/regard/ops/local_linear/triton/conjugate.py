@@ -64,6 +64,180 @@ def _step(
     return tl.dot(w.to(OPERAND), k, sums, input_precision=PRECISION)
 
 
+@triton.jit
+def kept_rows(x, i, T, D: tl.constexpr, DP: tl.constexpr):
+    """Rows i of a contiguous x [T, D]; beyond T the last, of which nothing is kept."""
+    channels = tl.arange(0, DP)
+    places = (tl.minimum(i, T - 1) * D)[:, None] + channels[None, :]
+    if D == DP:
+        found = tl.load(x + places)
+    else:
+        found = tl.load(x + places, mask=(channels < D)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
+def keep_rows(target, i, T, values, D: tl.constexpr, DP: tl.constexpr):
+    """Writes [M, DP] to rows i of a contiguous [T, D]."""
+    channels = tl.arange(0, DP)
+    there = (i < T)[:, None]
+    if D != DP:
+        there = there & (channels < D)[None, :]
+    tl.store(target + ((i * D)[:, None] + channels[None, :]), values, mask=there)
+
+
+@triton.jit
+def _terms(
+    i, T, total_in, lse_in, ridge, ridge_t, sigma_k, ABSOLUTE: tl.constexpr, HALF: tl.constexpr
+):
+    """Of rows i: whether there is a key, what sums are multiplied with, and lambda."""
+    live = i < T
+    total = tl.load(total_in + i, mask=live, other=0.0)
+    some = total > 0
+    inverse = tl.where(some, (0.015625 if HALF else 1.0) / total, 0.0)
+    shift = tl.load(ridge + i.to(tl.int64) * ridge_t, mask=live, other=1.0)
+    if ABSOLUTE:
+        lse = tl.load(lse_in + i, mask=live, other=0.0)
+        shift = shift * tl.exp(-tl.where(some, lse, 0.0))
+    return some, inverse, shift / (sigma_k * sigma_k)
+
+
+@triton.jit
+def _begin(
+    i, ph_at, q, qt, centre, mean, goal, x_io, r_io, iterations, residual, T,
+    total_in, lse_in, ridge, ridge_t, sigma_k, tol,
+    D: tl.constexpr, DP: tl.constexpr, STARTED: tl.constexpr, FROM_QUERY: tl.constexpr,
+    ABSOLUTE: tl.constexpr, INTERCEPT: tl.constexpr, HALF: tl.constexpr, OPERAND: tl.constexpr,
+):
+    """The first direction of rows i, which is the residual, and what is known of them then."""
+    live = i < T
+    some, inverse, shift = _terms(i, T, total_in, lse_in, ridge, ridge_t, sigma_k, ABSOLUTE, HALF)
+    smallest = inverse * 0.0 + float("inf")
+    if STARTED:
+        r = state_rows(r_io, i, T, D, DP)
+        size = tl.sum(r * r, 1)
+        whole = tl.load(goal + i, mask=live, other=0.0)
+        whole = whole * whole
+        norms = size * 0.0
+    else:
+        channels = tl.arange(0, DP)
+        middle = tl.load(centre + channels)[None, :]
+        raw = raw_rows(q, i, qt, T, D, DP)
+        r = -(raw - middle) * (1.0 / sigma_k)
+        r = tl.where(channels[None, :] < D, r, 0.0)
+        norms = inverse * 0.0
+        if INTERCEPT:
+            kbar = state_rows(mean, i, T, D, DP)
+            norms = tl.sqrt(tl.sum(kbar * kbar, 1))
+            r += kbar
+        r = tl.where((some & live)[:, None], r, 0.0)
+        whole = tl.sum(r * r, 1)
+        size = whole
+        if FROM_QUERY:
+            # x = c q with the c that is best for it; the curvature along q is known now.
+            query = raw * (1.0 / sigma_k)
+            applied = state_rows(r_io, i, T, D, DP) + shift[:, None] * query
+            along = tl.sum(query * applied, 1)
+            usual = (along > 0) & (along < float("inf"))
+            c = tl.where(usual, tl.sum(query * r, 1) / along, 0.0)
+            smallest = tl.where(usual, tl.sum(query * query, 1) / along, smallest)
+            r = tl.where(usual[:, None], r - c[:, None] * applied, r)
+            size = tl.where(usual, tl.sum(r * r, 1), size)
+            put_rows(x_io, i, T, c[:, None] * query, D, DP)
+        else:
+            put_rows(x_io, i, T, r * 0.0, D, DP)
+        put_rows(r_io, i, T, r, D, DP)
+    limit_of = whole * (tol * tol)
+    active = (size > limit_of) & (size < float("inf"))
+    limit_of = tl.where(active, limit_of, float("inf"))  # of a row that is done
+    length_of = tl.sqrt(size)
+    ph = (r * tl.where(active, 1.0 / length_of, 0.0)[:, None]).to(OPERAND)
+    tl.store(ph_at, ph)
+    if INTERCEPT:
+        kbar = state_rows(mean, i, T, D, DP)
+        tl.store(residual + i, tl.sum(ph.to(tl.float32) * kbar, 1), mask=live)
+    tl.store(iterations + i, active.to(tl.int32) * 0, mask=live)
+    return smallest, length_of, limit_of, size, whole, norms, tl.max(active.to(tl.int32), 0)
+
+
+@triton.jit
+def _turn(
+    rest, i, count, smallest, length_of, limit_of, ph_at, mean, x_io, r_io, iterations,
+    residual, T, total_in, lse_in, ridge, ridge_t, sigma_k,
+    D: tl.constexpr, DP: tl.constexpr, ABSOLUTE: tl.constexpr, INTERCEPT: tl.constexpr,
+    HALF: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """The step of rows i, and their next direction; r_io holds the sums, `rest` what it held."""
+    _, inverse, shift = _terms(i, T, total_in, lse_in, ridge, ridge_t, sigma_k, ABSOLUTE, HALF)
+    d = tl.load(ph_at).to(tl.float32)
+    y = kept_rows(r_io, i, T, D, DP) * inverse[:, None] + shift[:, None] * d
+    curvature = tl.sum(d * y, 1)
+    # Rows that are done have d = 0 and y = 0. One whose y is no number spoils itself only.
+    active = limit_of < float("inf")
+    usual = active & (curvature > 0) & (curvature < float("inf"))
+    a = tl.where(usual, tl.sum(rest * d, 1) / curvature, 0.0)
+    rest -= a[:, None] * y
+    smallest = tl.where(usual, tl.minimum(smallest, a / length_of), smallest)
+    tl.store(iterations + i, count + usual.to(tl.int32), mask=(i < T) & active)
+    size = tl.sum(rest * rest, 1)
+    turn = tl.sum(rest * y, 1) / curvature
+    keep_rows(r_io, i, T, rest, D, DP)
+    active = usual & (size > limit_of) & (size < float("inf"))
+    limit_of = tl.where(active, limit_of, float("inf"))
+    keep_rows(x_io, i, T, kept_rows(x_io, i, T, D, DP) + a[:, None] * d, D, DP)
+    going = tl.max(active.to(tl.int32), 0)
+    go_on = going
+    if SPLIT:  # the other half may, and must find directions of 0 here
+        go_on = 1
+    if go_on > 0:
+        turn = tl.where(active, turn, 0.0)
+        # r is now orthogonal to d, whose norm is 1 but for rounding: no sum for that of p.
+        length_of = tl.where(active, tl.sqrt(size + turn * turn), 1.0)
+        scaling = tl.where(active, 1.0 / length_of, 0.0)
+        next_d = ((rest - turn[:, None] * d) * scaling[:, None]).to(OPERAND)
+        tl.store(ph_at, next_d)
+        if INTERCEPT:
+            kbar = kept_rows(mean, i, T, D, DP)
+            tl.store(residual + i, tl.sum(next_d.to(tl.float32) * kbar, 1), mask=i < T)
+    return smallest, length_of, limit_of, size, going
+
+
+@triton.jit
+def _end(
+    i, smallest, size, whole, norms, x_io, r_io, iterations, residual, failed, overflow,
+    T, S, right, total_in, lse_in, ridge, ridge_t, sigma_k, tol,
+    D: tl.constexpr, DP: tl.constexpr, STARTED: tl.constexpr, ABSOLUTE: tl.constexpr,
+    HALF: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):
+    """The last, free step of rows i, and what is to tell of them."""
+    live = i < T
+    some, _, shift = _terms(i, T, total_in, lse_in, ridge, ridge_t, sigma_k, ABSOLUTE, HALF)
+    r = state_rows(r_io, i, T, D, DP)
+    x = state_rows(x_io, i, T, D, DP)
+    # A step that was taken is at most 1 / lambda; a wild one (rounding) is not taken again.
+    free = tl.where((smallest > 0) & (smallest * shift <= 1.0), smallest, 0.0)
+    x += free[:, None] * r
+    nothing = whole <= 0
+    left_over = tl.where(nothing, 0.0, tl.sqrt(size / tl.where(nothing, 1.0, whole)))
+    # After D steps, enough in exact arithmetic, worse than x = 0; or no numbers any more.
+    steps = tl.load(iterations + i, mask=live, other=0)
+    lost = ((steps >= D) & (size > whole)) | (tl.sum(x * 0.0, 1) != 0.0)
+    lost = lost | ~(left_over < float("inf"))
+    x = tl.where(lost[:, None], 0.0, x)
+    left_over = tl.where(lost, 1.0, left_over)
+    bad = lost | (left_over > tol * 1.00001)
+    if not STARTED:
+        noise = EPSILON * tl.sqrt(tl.sum(x * x, 1)) * (norms + tl.sqrt(whole))
+        bad = bad | ~(noise < NOISE)
+        x = x * (1.0 / sigma_k)
+    bad = bad & (tol > 0)  # with 0 nothing is asked for
+    if HALF:
+        bad = bad | beyond(overflow, i, T, S, right, HAS_RIGHT)
+    put_rows(x_io, i, T, x, D, DP)
+    tl.store(residual + i, left_over, mask=live)
+    tl.store(failed + i, (bad & some).to(tl.int8), mask=live)
+
+
 @triton.jit(
     do_not_specialize=[
         "T", "S", "left", "right", "tiles", "together", "pairs", "limit", "tol",
@@ -90,83 +264,63 @@ def conjugate_kernel(
     """
     LIFT: tl.constexpr = 6.0 if HALF else 0.0
     tile, pair = place(tl.program_id(0), tiles, pairs, together)
+    # Rows of few keys have little to do in a step but take many: they must not come last.
+    rank = tiles - 1 - tile
+    few = tiles // 8
+    half = tiles // 2
+    tile = tl.where(rank < half, tile, tl.where(rank < half + few, rank - half, tile + few))
     b = pair // H
     h = pair % H
     key_head = b * HK + h // (H // HK)
     rows = pair.to(tl.int64) * T
     i = tile * M + tl.arange(0, M)
     live = i < T
+    # 128 channels of all rows are too many for the registers of a step: rows come by halves.
+    PART: tl.constexpr = M // 2 if DP >= 128 else M
+    upper = tile * M + tl.arange(0, PART)
+    lower = upper + PART
     x_io += rows * D
     r_io += rows * D
+    mean += rows * D
+    q += b.to(tl.int64) * qb + h.to(tl.int64) * qh
+    centre += key_head * DP
+    overflow += key_head
+    top_in += rows
+    total_in += rows
+    lse_in += rows
+    ridge += b * ridge_b + h * ridge_h
+    iterations += rows
+    residual += rows
+    failed += rows
+    if STARTED:
+        goal += rows
     # Queries and directions of a tile lie together, as one operand of a product.
     together_at = (pair.to(tl.int64) * tiles + tile) * (2 * M * DP)
     both_at = both_io + together_at + (tl.arange(0, 2 * M) * DP)[:, None]
     both_at += tl.arange(0, DP)[None, :]
     square = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
-    ph_at = both_io + together_at + M * DP + square
-    mean += rows * D
-    raw = raw_rows(q + b.to(tl.int64) * qb + h.to(tl.int64) * qh, i, qt, T, D, DP)
-    queries, guard = operand_rows(raw, HALF, OPERAND)
+    part_square = (tl.arange(0, PART) * DP)[:, None] + tl.arange(0, DP)[None, :]
+    upper_at = both_io + together_at + M * DP + part_square
+    lower_at = upper_at + PART * DP
+    queries, guard = operand_rows(raw_rows(q, i, qt, T, D, DP), HALF, OPERAND)
     sigma_k = tl.load(sigma + key_head * 2)
     tl.store(both_io + together_at + square, queries)
     factor = guard * (tl.load(scale + b * scale_b + h * scale_h) * LOG2E * sigma_k)
-    top = tl.load(top_in + rows + i, mask=live, other=float("-inf"))
-    total = tl.load(total_in + rows + i, mask=live, other=0.0)
+    top = tl.load(top_in + i, mask=live, other=float("-inf"))
     base = tl.where(top == float("-inf"), 0.0, top) - LIFT
-    some = total > 0
-    inverse = tl.where(some, (0.015625 if HALF else 1.0) / total, 0.0)
-    at = b * ridge_b + h * ridge_h + i.to(tl.int64) * ridge_t
-    shift = tl.load(ridge + at, mask=live, other=1.0)
-    if ABSOLUTE:
-        lse = tl.load(lse_in + rows + i, mask=live, other=0.0)
-        shift = shift * tl.exp(-tl.where(some, lse, 0.0))
-    shift = shift / (sigma_k * sigma_k)
-
-    # The first direction is the residual.
-    smallest = tl.full([M], float("inf"), tl.float32)
-    if STARTED:
-        r = state_rows(r_io, i, T, D, DP)
-        size = tl.sum(r * r, 1)
-        whole = tl.load(goal + rows + i, mask=live, other=0.0)
-        whole = whole * whole
-        norms = size * 0.0
-    else:
-        channels = tl.arange(0, DP)
-        middle = tl.load(centre + key_head * DP + channels)[None, :]
-        r = -(raw - middle) * (1.0 / sigma_k)
-        r = tl.where(channels[None, :] < D, r, 0.0)
-        norms = tl.zeros([M], tl.float32)
-        if INTERCEPT:
-            kbar = state_rows(mean, i, T, D, DP)
-            norms = tl.sqrt(tl.sum(kbar * kbar, 1))
-            r += kbar
-        r = tl.where((some & live)[:, None], r, 0.0)
-        whole = tl.sum(r * r, 1)
-        size = whole
-        if FROM_QUERY:
-            # x = c q with the c that is best for it; the curvature along q is known now.
-            query = raw * (1.0 / sigma_k)
-            applied = state_rows(r_io, i, T, D, DP) + shift[:, None] * query
-            along = tl.sum(query * applied, 1)
-            usual = (along > 0) & (along < float("inf"))
-            c = tl.where(usual, tl.sum(query * r, 1) / along, 0.0)
-            smallest = tl.where(usual, tl.sum(query * query, 1) / along, smallest)
-            r = tl.where(usual[:, None], r - c[:, None] * applied, r)
-            size = tl.where(usual, tl.sum(r * r, 1), size)
-            put_rows(x_io, i, T, c[:, None] * query, D, DP)
-        else:
-            put_rows(x_io, i, T, r * 0.0, D, DP)
-        put_rows(r_io, i, T, r, D, DP)
-    limit_of = whole * (tol * tol)
-    active = (size > limit_of) & (size < float("inf"))
-    length_of = tl.sqrt(size)
-    ph = (r * tl.where(active, 1.0 / length_of, 0.0)[:, None]).to(OPERAND)
-    tl.store(ph_at, ph)
-    c = size * 0.0
-    if INTERCEPT:
-        kbar = state_rows(mean, i, T, D, DP)
-        c = tl.sum(ph.to(tl.float32) * kbar, 1)
-    steps = tl.zeros([M], tl.int32)
+    smallest_u, length_u, limit_u, size_u, whole_u, norms_u, going_u = _begin(
+        upper, upper_at, q, qt, centre, mean, goal, x_io, r_io, iterations, residual, T,
+        total_in, lse_in, ridge, ridge_t, sigma_k, tol,
+        D, DP, STARTED, FROM_QUERY, ABSOLUTE, INTERCEPT, HALF, OPERAND,
+    )
+    going = going_u
+    if PART < M:
+        smallest_l, length_l, limit_l, size_l, whole_l, norms_l, going_l = _begin(
+            lower, lower_at, q, qt, centre, mean, goal, x_io, r_io, iterations, residual, T,
+            total_in, lse_in, ridge, ridge_t, sigma_k, tol,
+            D, DP, STARTED, FROM_QUERY, ABSOLUTE, INTERCEPT, HALF, OPERAND,
+        )
+        going = tl.maximum(going_u, going_l)
 
     source, key_row = start_of(keys, key_head, length, DP, DESCRIPTOR)
     if HAS_BIAS:
@@ -182,10 +336,16 @@ def conjugate_kernel(
         N, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_DECAY,
     )
     count = 0
-    going = tl.max(active.to(tl.int32), 0)
     while (going > 0) & (count < limit):
+        # 0, unknown to the compiler: it would keep all addresses in registers over the products.
+        zero = going >> 31
+        now = i + zero
         tl.debug_barrier()  # what one thread wrote another reads
-        both = tl.load(both_at)
+        both = tl.load(both_at + zero * DP)
+        # c comes through memory too, as whatever is computed from it would in its distribution.
+        c = tl.zeros([M], tl.float32)
+        if INTERCEPT:
+            c = tl.load(residual + now, mask=live, other=0.0)
         sums = tl.zeros([M, DP], tl.float32)
         for part in tl.static_range(3):  # cut by the left edge, seen whole, cut by the right
             low_end, high_end = part_of(part, start, seen_whole, cut, stop, HAS_LEFT, HAS_DECAY)
@@ -195,56 +355,38 @@ def conjugate_kernel(
                     i, row_high, row_low, row_first, T, S, left, right, M, N, DP, OPERAND,
                     DESCRIPTOR, HAS_LEFT, HAS_RIGHT, HAS_BIAS, HAS_DECAY, part != 1, PRECISION,
                 )
-        d = tl.load(ph_at).to(tl.float32)
-        y = sums * inverse[:, None] + shift[:, None] * d
-        r = state_rows(r_io, i, T, D, DP)
-        curvature = tl.sum(d * y, 1)
-        # Rows that are done have d = 0 and y = 0. One whose y is no number spoils itself only.
-        active = active & (curvature > 0) & (curvature < float("inf"))
-        a = tl.where(active, tl.sum(r * d, 1) / curvature, 0.0)
-        r -= a[:, None] * y
-        put_rows(r_io, i, T, r, D, DP)
-        smallest = tl.where(active, tl.minimum(smallest, a / length_of), smallest)
-        steps += active.to(tl.int32)
-        size = tl.where(active, tl.sum(r * r, 1), size)
-        active = active & (size > limit_of) & (size < float("inf"))
-        x = state_rows(x_io, i, T, D, DP)
-        put_rows(x_io, i, T, x + a[:, None] * d, D, DP)
-        going = tl.max(active.to(tl.int32), 0)
-        if going > 0:
-            turn = tl.where(active, tl.sum(r * y, 1) / curvature, 0.0)
-            # r is now orthogonal to d, whose norm is 1 but for rounding: no sum for that of p.
-            length_of = tl.where(active, tl.sqrt(size + turn * turn), length_of)
-            scaling = tl.where(active, 1.0 / length_of, 0.0)
-            ph = ((r - turn[:, None] * d) * scaling[:, None]).to(OPERAND)
-            tl.store(ph_at, ph)
-            if INTERCEPT:
-                kbar = state_rows(mean, i, T, D, DP)
-                c = tl.sum(ph.to(tl.float32) * kbar, 1)
+        # The rest is done in another distribution over the threads than the products: the sums go
+        # there once, through the memory of r, where every step would go by itself.
+        rest_u = kept_rows(r_io, upper + zero, T, D, DP)
+        if PART < M:
+            rest_l = kept_rows(r_io, lower + zero, T, D, DP)
+        tl.debug_barrier()
+        keep_rows(r_io, now, T, sums, D, DP)
+        tl.debug_barrier()
+        smallest_u, length_u, limit_u, size_u, going_u = _turn(
+            rest_u, upper + zero, count, smallest_u, length_u, limit_u, upper_at + zero * DP, mean,
+            x_io, r_io, iterations, residual, T, total_in, lse_in, ridge, ridge_t, sigma_k,
+            D, DP, ABSOLUTE, INTERCEPT, HALF, OPERAND, PART < M,
+        )
+        going = going_u
+        if PART < M:
+            smallest_l, length_l, limit_l, size_l, going_l = _turn(
+                rest_l, lower + zero, count, smallest_l, length_l, limit_l, lower_at + zero * DP,
+                mean, x_io, r_io, iterations, residual, T, total_in, lse_in, ridge, ridge_t,
+                sigma_k, D, DP, ABSOLUTE, INTERCEPT, HALF, OPERAND, True,
+            )
+            going = tl.maximum(going_u, going_l)
         count += 1
 
     tl.debug_barrier()
-    r = state_rows(r_io, i, T, D, DP)
-    x = state_rows(x_io, i, T, D, DP)
-    # A step that was taken is at most 1 / lambda; a wild one (rounding) is not taken again.
-    free = tl.where((smallest > 0) & (smallest * shift <= 1.0), smallest, 0.0)
-    x += free[:, None] * r
-    nothing = whole <= 0
-    left_over = tl.where(nothing, 0.0, tl.sqrt(size / tl.where(nothing, 1.0, whole)))
-    # After D steps, enough in exact arithmetic, worse than x = 0; or no numbers any more.
-    lost = ((steps >= D) & (size > whole)) | (tl.sum(x * 0.0, 1) != 0.0)
-    lost = lost | ~(left_over < float("inf"))
-    x = tl.where(lost[:, None], 0.0, x)
-    left_over = tl.where(lost, 1.0, left_over)
-    bad = lost | (left_over > tol * 1.00001)
-    if not STARTED:
-        noise = EPSILON * tl.sqrt(tl.sum(x * x, 1)) * (norms + tl.sqrt(whole))
-        bad = bad | ~(noise < NOISE)
-        x = x * (1.0 / sigma_k)
-    bad = bad & (tol > 0)  # with 0 nothing is asked for
-    if HALF:
-        bad = bad | beyond(overflow + key_head, i, T, S, right, HAS_RIGHT)
-    put_rows(x_io, i, T, x, D, DP)
-    tl.store(iterations + rows + i, steps, mask=live)
-    tl.store(residual + rows + i, left_over, mask=live)
-    tl.store(failed + rows + i, (bad & some).to(tl.int8), mask=live)
+    _end(
+        upper, smallest_u, size_u, whole_u, norms_u, x_io, r_io, iterations, residual, failed,
+        overflow, T, S, right, total_in, lse_in, ridge, ridge_t, sigma_k, tol,
+        D, DP, STARTED, ABSOLUTE, HALF, HAS_RIGHT,
+    )
+    if PART < M:
+        _end(
+            lower, smallest_l, size_l, whole_l, norms_l, x_io, r_io, iterations, residual, failed,
+            overflow, T, S, right, total_in, lse_in, ridge, ridge_t, sigma_k, tol,
+            D, DP, STARTED, ABSOLUTE, HALF, HAS_RIGHT,
+        )

@@ -79,9 +79,26 @@ def scores_of(
 
 
 @triton.jit
-def stacked(x, y, M: tl.constexpr, DP: tl.constexpr):
+def as_loaded(x, scratch, M: tl.constexpr, DP: tl.constexpr):
+    """An operand [M, DP] by way of memory.
+
+    The compiler multiplies what was computed from registers, and where these are scarce it has
+    every product wait for the one before; what was loaded it multiplies from shared memory.
+    """
+    places = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
+    tl.store(scratch + places, x)
+    tl.debug_barrier()  # what one thread wrote another reads
+    return tl.load(scratch + places)
+
+
+@triton.jit
+def stacked(x, y, scratch, M: tl.constexpr, DP: tl.constexpr):
     """[x; y]: two operands [M, DP] as one, so that both products are made at once."""
-    return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * M, DP))
+    places = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
+    tl.store(scratch + places, x)
+    tl.store(scratch + M * DP + places, y)
+    tl.debug_barrier()
+    return tl.load(scratch + (tl.arange(0, 2 * M) * DP)[:, None] + tl.arange(0, DP)[None, :])
 
 
 @triton.jit
@@ -113,11 +130,18 @@ def _mean_step(
     PRECISION: tl.constexpr,
 ):
     k = tile_of(keys, key_row + j0, N, DP, DESCRIPTOR)
-    s = tile_scores(
-        q, k, factor, j0 + tl.arange(0, N), bias, high, low, i, row_high, row_low, row_first,
-        T, S, left, right, HAS_LEFT, HAS_RIGHT, HAS_BIAS, HAS_DECAY, MASKED, PRECISION,
-    )
-    p, top, total, shrink = _online(s, top, total, LIFT)
+    if START or MASKED or HAS_BIAS or HAS_DECAY:
+        s = tile_scores(
+            q, k, factor, j0 + tl.arange(0, N), bias, high, low, i, row_high, row_low, row_first,
+            T, S, left, right, HAS_LEFT, HAS_RIGHT, HAS_BIAS, HAS_DECAY, MASKED, PRECISION,
+        )
+        p, top, total, shrink = _online(s, top, total, LIFT)
+    else:  # factors are not negative: the greatest product is that of the greatest score
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        new = tl.maximum(top, tl.max(product, 1) * factor)
+        p = tl.exp2(product * factor[:, None] - (new - LIFT)[:, None])
+        shrink = tl.exp2(top - new)
+        top, total = new, total * shrink + tl.sum(p, 1)
     if COLLECT:
         x = k
         if AVERAGE:
@@ -148,7 +172,7 @@ def _shift_of_lse(x, scale, centre, D: tl.constexpr, DP: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "skip", "together", "pairs"])
 def mean_kernel(
     q, keys, values, centre, sigma, scale, bias, high, low, first, row_bias, out, mean,
-    start_out, top_out, total_out, lse_out, overflow, failed,
+    start_out, top_out, total_out, lse_out, overflow, failed, scratch,
     qb, qh, qt, scale_b, scale_h, row_bias_b, row_bias_h, row_bias_t,
     T, S, length, left, right, tiles, skip, together, pairs,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
@@ -163,6 +187,7 @@ def mean_kernel(
 
     START: also the covariance of the keys applied to the query, to `start_out`: scores are
     products with the query already, so that it costs one product and saves most of a pass.
+    scratch: for operands, M rows of DP for every tile of every head.
     """
     LIFT: tl.constexpr = 6.0 if HALF else 0.0
     WIDTH: tl.constexpr = DVP if AVERAGE else DP
@@ -177,6 +202,10 @@ def mean_kernel(
     size = tl.load(sigma + key_head * 2)
     scaling = tl.load(scale + b * scale_b + h * scale_h)
     factor = guard * (scaling * LOG2E * size)
+    queries = tl.where((factor < 0)[:, None], -queries, queries)
+    factor = tl.abs(factor)
+    scratch += (pair.to(tl.int64) * tiles + tile) * (M * DP)
+    queries = as_loaded(queries, scratch, M, DP)
     key_source, key_row = start_of(keys, key_head, length, DP, DESCRIPTOR)
     value_source, value_row = start_of(values, key_head, length, DVP, DESCRIPTOR)
     if HAS_BIAS:
@@ -265,7 +294,7 @@ def _output_step(
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "skip", "together", "pairs"])
 def output_kernel(
     q, keys, values, sigma, scale, bias, high, low, first,
-    slope, mean, top_in, total_in, out, failed,
+    slope, mean, top_in, total_in, out, failed, scratch,
     qb, qh, qt, scale_b, scale_h,
     T, S, length, left, right, tiles, skip, together, pairs,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
@@ -275,7 +304,10 @@ def output_kernel(
     CAUSAL: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The outputs, with g solved; rows that come out as no number are marked as failed."""
+    """The outputs, with g solved; rows that come out as no number are marked as failed.
+
+    scratch: for operands, 2 M rows of DP for every tile of every head.
+    """
     LIFT: tl.constexpr = 6.0 if HALF else 0.0
     tile, pair = place(tl.program_id(0), tiles, pairs, together)
     tile += skip
@@ -292,7 +324,8 @@ def output_kernel(
     size = tl.sqrt(tl.sum(g * g, 1))
     g = g * tl.where(size > 0, 1.0 / size, 0.0)[:, None]
     g_high, rest = split(g, OPERAND)
-    both = stacked(queries, g_high, M, DP)
+    scratch += (pair.to(tl.int64) * tiles + tile) * (2 * M * DP)
+    both = stacked(queries, g_high, scratch, M, DP)
     # The rounded g is g from here on: its product with the mean has the same rounding.
     used = g_high.to(tl.float32)
     if HIGH:

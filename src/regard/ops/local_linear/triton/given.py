@@ -65,7 +65,7 @@ def _given_step(
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "tiles", "together", "pairs"])
 def given_kernel(
     q, keys, values, centre, sigma, scale, bias, high, low, first, row_bias,
-    probe, out, top_out, total_out, lse_out, overflow, failed,
+    probe, out, top_out, total_out, lse_out, overflow, failed, scratch,
     qb, qh, qt, gb, gh, gt, scale_b, scale_h, row_bias_b, row_bias_h, row_bias_t,
     T, S, length, left, right, tiles, together, pairs,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
@@ -91,7 +91,8 @@ def given_kernel(
     g = raw_rows(probe + b.to(tl.int64) * gb + h.to(tl.int64) * gh, i, gt, T, D, DP) * sigma_k
     size = tl.sqrt(tl.sum(g * g, 1))
     g = (g * tl.where(size > 0, 1.0 / size, 0.0)[:, None]).to(OPERAND)
-    both = stacked(queries, g, M, DP)
+    scratch += (pair.to(tl.int64) * tiles + tile) * (2 * M * DP)
+    both = stacked(queries, g, scratch, M, DP)
     key_source, key_row = start_of(keys, key_head, length, DP, DESCRIPTOR)
     value_source, value_row = start_of(values, key_head, length, DVP, DESCRIPTOR)
     if HAS_BIAS:

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from regard.gpu.start import Shared, start
+from regard.gpu.start import Shared, start, together
 from regard.ops.local_linear.backward import Sums, Wanted, finish, no_sums, rescue
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.registered import Options
@@ -35,7 +35,7 @@ LIFT = 6.0  # of weights in float16, in bits
 class Rows:
     """Row data that passes hand on, and the gradients of a call."""
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, sloped: bool) -> None:
         B, H, T, D = launcher.sizes
         prepared, device = launcher.prepared, launcher.q.device
         Dv = launcher.inputs.v.shape[3]
@@ -51,7 +51,8 @@ class Rows:
         self.tile = launcher.config("queries").rows
         self.tiles = triton.cdiv(T, self.tile)
         self.bounds = single(2, pairs, self.tiles)
-        widths = {"q": padded(D), "e": padded(Dv)}
+        # Rows of queries share theirs with those of slopes, see `queries_kernel`.
+        widths = {"q": padded(D) * (2 if sloped else 1), "e": padded(Dv)}
         self.operands = {
             name: torch.empty(pairs, self.length, width, dtype=dtype, device=device)
             for name, width in widths.items()
@@ -70,11 +71,16 @@ def backward(
     """Gradients in the order of `Wanted`; an empty tensor where none is wanted."""
     if inputs.q.numel() == 0 or inputs.k.shape[2] == 0 or inputs.v.shape[3] == 0:
         return finish(inputs, no_sums(inputs, wanted), wanted)
-    call = _Backward(inputs, options, grad, slope, lse, extras, wanted)
-    call.cotangent()
-    call.solve()
-    call.queries()
-    call.keys()
+
+    def passes() -> _Backward:
+        call = _Backward(inputs, options, grad, slope, lse, extras, wanted)
+        call.cotangent()
+        call.solve()
+        call.queries()
+        call.keys()
+        return call
+
+    call = together(passes)
     gradients = finish(inputs, call.sums(), wanted)
     if call.rescued and bool(call.failed.any()):  # the one question to the device
         solver = options.solver(inputs.q.shape[3], backward=True)
@@ -110,12 +116,14 @@ class _Backward:
         self.rescued = self.solved and options.tol_backward > 0 and not capturing()
         self.constant = self.solved and (inputs.absolute or inputs.frozen)
         self.high = half and options.precision != "fast"
-        self.rows = Rows(self.launcher)
+        self.rows = Rows(self.launcher, self.sloped)
         self.empty = slope.new_zeros(1)
+        weighed = self.total.numel() > 0  # a step of decoding saves nothing
+        self.scratch = self.empty if weighed and not self.sloped else self.launcher.scratch()
         B, H, T, _ = self.launcher.sizes
         Dv = inputs.v.shape[3]
         self.values = {"values": self.launcher.prepared.values, "DV": Dv, "DVP": padded(Dv)}
-        if self.total.numel() == 0:  # a step of decoding saves nothing
+        if not weighed:
             self._weigh()
         self.ridge = {
             "ridge": inputs.ridge, "ridge_b": step(inputs.ridge, 0),
@@ -139,7 +147,8 @@ class _Backward:
             row_bias_t=0, HAS_ROW_BIAS=False, out=self.empty, mean=self.mean, top_out=self.top,
             total_out=self.total, lse_out=torch.empty_like(self.lse),
             failed=torch.empty_like(self.lse, dtype=torch.int8), AVERAGE=False,
-            start_out=None, skip=0, COLLECT=inputs.intercept, START=False, HIGH=self.high,
+            start_out=None, scratch=self.scratch, skip=0,
+            COLLECT=inputs.intercept, START=False, HIGH=self.high,
         )
 
     def _like_slope(self, needed: bool) -> Tensor:
@@ -180,7 +189,7 @@ class _Backward:
         for goal, x, r, failed in systems:
             solve(
                 self.launcher, tol, limit, self.mean, self.top, self.total, self.lse, goal,
-                x, r, iterations, residual, failed,
+                x, r, iterations, residual, failed, self.scratch,
             )
 
     def queries(self) -> None:
@@ -190,10 +199,8 @@ class _Backward:
         self.grad_q = torch.empty(B, H, T, D, dtype=self.inputs.q.dtype, device=like.device)
         self.of_rows = torch.empty(3, B, H, T, dtype=torch.float32, device=like.device)
         self.grad_probe = self._like_slope(self.given)
-        width = padded(D)
-        for name, needed in (("g", self.sloped), ("u", self.solved)):
-            shape = (B * H, rows.length, width) if needed else (1,)
-            rows.operands[name] = rows.operands["q"].new_empty(shape)
+        shape = (B * H, rows.length, padded(D)) if self.solved else (1,)
+        rows.operands["u"] = prepared.keys.new_empty(shape)
         self.launcher.start(
             queries_kernel, self.launcher.config("queries"), **self.values, **self.ridge,
             mean=self.mean, slope=self.g if self.refined else self.slope, solution=self.u,
@@ -201,8 +208,8 @@ class _Backward:
             e_rows=rows.operands["e"], guard_in=rows.guard, gamma_in=rows.gamma,
             grad_q=self.grad_q, grad_ridge=self.of_rows[0], grad_scale=self.of_rows[1],
             grad_row=self.of_rows[2], grad_probe=self.grad_probe,
-            q_rows=rows.operands["q"], g_rows=rows.operands["g"], u_rows=rows.operands["u"],
-            row_data=rows.row_data, bounds=rows.bounds,
+            q_rows=rows.operands["q"], u_rows=rows.operands["u"], row_data=rows.row_data,
+            bounds=rows.bounds, scratch=self.scratch, ROWS=self.launcher.config("keys").rows,
             overflow=prepared.overflow, SLOPE=self.sloped, SOLVED=self.solved, REFINED=self.refined,
             BALANCED=self.sloped and self.inputs.intercept and not self.constant,
             CONSTANT=self.constant, RESCUED=self.rescued, LOOP=self.wanted.solve, LIMIT=LARGEST,
@@ -228,8 +235,7 @@ class _Backward:
         config = self.launcher.config("keys")
         known: dict[str, Any] = {
             **self.launcher.common, **self.values, "q_rows": rows.operands["q"],
-            "e_rows": rows.operands["e"], "g_rows": rows.operands["g"],
-            "u_rows": rows.operands["u"], "row_data": rows.row_data,
+            "e_rows": rows.operands["e"], "u_rows": rows.operands["u"], "row_data": rows.row_data,
             "bounds": rows.bounds, "grad_k": self.grad_k,
             "grad_v": self.grad_v, "grad_column": self.grad_column,
             "row_length": rows.length, "row_tiles": rows.tiles, "TILE": rows.tile,

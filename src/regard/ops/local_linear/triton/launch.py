@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from regard.gpu import interpreting
 from regard.gpu.availability import precision
-from regard.gpu.start import Shared, start
+from regard.gpu.start import Shared, start, together
 from regard.ops.local_linear import blockwise
 from regard.ops.local_linear.blockwise import empty_result
 from regard.ops.local_linear.layout import Inputs
@@ -22,13 +22,13 @@ from regard.ops.local_linear.triton import decode, direct
 from regard.ops.local_linear.triton.conjugate import conjugate_kernel
 from regard.ops.local_linear.triton.forward import mean_kernel, output_kernel
 from regard.ops.local_linear.triton.given import given_kernel
-from regard.ops.local_linear.triton.prepare import Prepared, padded, prepare
+from regard.ops.local_linear.triton.prepare import PAD, Prepared, padded, prepare
 from regard.ops.local_linear.triton.rescue import rescue_kernel
 from regard.ops.local_linear.triton.table import Config, config
 
 TOGETHER = 8  # heads in flight at once
 # Heads for which the solve starts along the query, whose product with C comes for little.
-START = (64,)
+START = (64, 128)
 RESCUED_ROWS, RESCUED_KEYS = 16, 32  # of a tile in float64
 RESCUED_TILES = 8  # that a program looks at
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
@@ -62,6 +62,12 @@ class Launcher:
             "PRECISION": precision(prepared.half),
         }
         self.shared = Shared.of(self.common)
+
+    def scratch(self, operands: int = 2) -> Tensor:
+        """Memory for operands of every row, in tiles of at most `PAD` queries."""
+        B, H, T, D = self.sizes
+        rows = PAD * triton.cdiv(T, PAD)
+        return self.prepared.keys.new_empty(B * H, operands * rows, padded(D))
 
     def config(self, kernel: str) -> Config:
         scored = self.prepared.bias is not None or self.prepared.decay is not None
@@ -202,12 +208,18 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
 
     These are empty, [B, 0], after a step of decoding.
     """
-    q, D = channels_last(inputs.q), inputs.q.shape[3]
+    q = channels_last(inputs.q)
     solved = inputs.probe is None and not inputs.average
     if q.numel() == 0 or inputs.k.shape[2] == 0 or inputs.v.shape[3] == 0:
         return _nothing(inputs, solved)
     if decode.serves(inputs) is None:
         return _decode(inputs, options, solved)
+    return together(lambda: _kernels(inputs, options, q, solved))
+
+
+def _kernels(inputs: Inputs, options: Options, q: Tensor, solved: bool) -> tuple[Tensor, ...]:
+    """The kernels of a forward, one after the other."""
+    D = q.shape[3]
     prepared = prepare(inputs)
     launcher, rows = Launcher(inputs, prepared, q), Rows.of(inputs, solved)
     Dv = inputs.v.shape[3]
@@ -223,14 +235,16 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
         probe = channels_last(inputs.probe)
         launcher.start(
             given_kernel, launcher.config("given"), **values, **weights, probe=probe,
-            **strides("g", probe, "bht"), INTERCEPT=inputs.intercept,
+            **strides("g", probe, "bht"), scratch=launcher.scratch(), INTERCEPT=inputs.intercept,
         )
     elif inputs.average:
         launcher.start(
             mean_kernel, launcher.config("average"), **values, **weights, mean=None,
-            start_out=None, skip=0, AVERAGE=True, COLLECT=True, START=False, HIGH=False,
+            start_out=None, scratch=launcher.scratch(1), skip=0, AVERAGE=True,
+            COLLECT=True, START=False, HIGH=False,
         )
     else:
+        both = launcher.scratch()
         if direct.serves(inputs, options) is None:
             direct.fit(
                 launcher, high, weights, rows.mean, rows.slope, rows.iterations,
@@ -244,21 +258,21 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
             for precisely, part in launcher.parts(config, high):
                 launcher.start(
                     mean_kernel, config, part, **values, **weights, mean=rows.mean,
-                    start_out=r, AVERAGE=False, COLLECT=inputs.intercept, START=from_query,
-                    HIGH=precisely,
+                    start_out=r, scratch=both, AVERAGE=False, COLLECT=inputs.intercept,
+                    START=from_query, HIGH=precisely,
                 )
             if not inputs.intercept:
                 rows.mean.zero_()
             solve(
                 launcher, options.tol, options.solver(D).max_iters, rows.mean, rows.top,
                 rows.total, rows.lse, None, rows.slope, r, rows.iterations, rows.residual,
-                rows.failed, from_query=from_query,
+                rows.failed, both, from_query=from_query,
             )
         config = launcher.config("output")
         for precisely, part in launcher.parts(config, high):
             launcher.start(
                 output_kernel, config, part, **values, slope=rows.slope, mean=rows.mean,
-                top_in=rows.top, total_in=rows.total, failed=rows.failed,
+                top_in=rows.top, total_in=rows.total, failed=rows.failed, scratch=both,
                 INTERCEPT=inputs.intercept, HIGH=precisely,
             )
     if solved or prepared.half:
@@ -302,20 +316,21 @@ def solve(
     iterations: Tensor,
     residual: Tensor,
     failed: Tensor,
+    both: Tensor,
     from_query: bool = False,
 ) -> None:
-    """Solves for x [B, H, T, D], in place; see `conjugate_kernel` for `goal` and coordinates."""
+    """Solves for x [B, H, T, D], in place; see `conjugate_kernel` for `goal` and coordinates.
+
+    `both` is the launcher's `scratch`.
+    """
     inputs, prepared = launcher.inputs, launcher.prepared
-    config, (B, H, T, D) = launcher.config("conjugate"), launcher.sizes
-    rows = 2 * config.rows * triton.cdiv(T, config.rows)
     launcher.start(
-        conjugate_kernel, config,
+        conjugate_kernel, launcher.config("conjugate"),
         centre=prepared.centre, overflow=prepared.overflow, ridge=inputs.ridge,
         **strides("ridge_", inputs.ridge, "bht"),
         mean=mean, top_in=top, total_in=total, lse_in=lse, goal=goal, x_io=x, r_io=r,
-        both_io=prepared.keys.new_empty(B * H, rows, padded(D)),
-        iterations=iterations, residual=residual, failed=failed, tol=tol, limit=max_iters,
-        STARTED=goal is not None, FROM_QUERY=from_query, ABSOLUTE=inputs.absolute,
+        both_io=both, iterations=iterations, residual=residual, failed=failed, tol=tol,
+        limit=max_iters, STARTED=goal is not None, FROM_QUERY=from_query, ABSOLUTE=inputs.absolute,
         INTERCEPT=inputs.intercept,
     )
 

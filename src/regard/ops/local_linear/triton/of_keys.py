@@ -28,9 +28,9 @@ from regard.ops.local_linear.triton.walk import row_decay, tile_of
 def _step(
     i0, dk, dv, column,
     k, v, key, of_key, key_high, key_low, before_last, last_high, last_low,
-    q_rows, e_rows, g_rows, u_rows, row_data, stride,
+    q_rows, e_rows, u_rows, row_data, stride,
     factor, lift, of_scores, of_values, high, low, first, T, S, left, right,
-    M: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     OPERAND: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
@@ -39,9 +39,15 @@ def _step(
 ):
     """Adds a tile of queries; pointers are those of its head."""
     i = i0 + tl.arange(0, M)
-    q = tile_of(q_rows, i0, M, DP, False)
     e = tile_of(e_rows, i0, M, DVP, False)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+    if SLOPE:  # queries and slopes as one operand: both products are made at once
+        q = tile_of(q_rows, 2 * i0, 2 * M, DP, False)
+        product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        product, one = tl.split(tl.permute(tl.reshape(product, (N, 2, M)), (0, 2, 1)))
+    else:
+        q = tile_of(q_rows, i0, M, DP, False)
+        product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    s = product * factor
     shift = lift - tl.load(row_data + 3 * stride + i)
     if HAS_BIAS:
         s += of_key
@@ -64,8 +70,6 @@ def _step(
         p = tl.where(shown, p, 0.0)
     signed = p
     if SLOPE:
-        g = tile_of(g_rows, i0, M, DP, False)
-        one = tl.dot(k, tl.trans(g), input_precision=PRECISION)
         signed = p * (one + tl.load(row_data + i)[None, :])
         if MASKED:
             signed = tl.where(shown, signed, 0.0)
@@ -83,17 +87,20 @@ def _step(
         ds = signed * rest
         if SLOPE:
             ds += p * tl.load(row_data + 2 * stride + i)[None, :]
-            dk = tl.dot((p * rest).to(OPERAND), g, dk, input_precision=PRECISION)
         if COLUMN:
             column += tl.sum(ds, 1)
-        dk = tl.dot((ds * of_scores).to(OPERAND), q, dk, input_precision=PRECISION)
+        weight = (ds * of_scores).to(OPERAND)
+        if SLOPE:
+            pairs = tl.permute(tl.join(weight, (p * rest).to(OPERAND)), (0, 2, 1))
+            weight = tl.reshape(pairs, (N, 2 * M))
+        dk = tl.dot(weight, q, dk, input_precision=PRECISION)
     return dk, dv, column
 
 
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "pairs", "row_tiles"])
 def keys_kernel(
     keys, values, sigma, scale, bias, high, low, first,
-    q_rows, e_rows, g_rows, u_rows, row_data, bounds,
+    q_rows, e_rows, u_rows, row_data, bounds,
     grad_k, grad_v, grad_column,
     scale_b, scale_h, T, S, length, row_length, left, right, pairs, row_tiles,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
@@ -107,8 +114,10 @@ def keys_kernel(
     """Gradients of keys and values [B, Hk, S, .], and the sums of dS of each key [B, H, S].
 
     `bounds` [2, B H, row_tiles] are those of the second pass, whose tiles have TILE rows. Weights
-    are multiplied by 2^LIFT, so that most are normal numbers in float16.
+    are multiplied by 2^LIFT, so that most are normal numbers in float16. With SLOPE q_rows has M
+    rows of queries and M of slopes in turns.
     """
+    SHARE: tl.constexpr = 2 * DP if SLOPE else DP
     GROUP: tl.constexpr = H // HK
     key_pairs = pairs // GROUP
     key_pair = tl.program_id(0) % key_pairs
@@ -166,24 +175,26 @@ def keys_kernel(
             forgets = tl.load(first_of_head + S - 1) > j0
             whole = tl.where(forgets, stop, middle)
         column = tl.zeros([N], tl.float32)
-        for i0 in tl.range(start, whole, M):
+        # By tiles, so that rows are known to be aligned: else loads are many and products wait.
+        cut = tl.cdiv(whole, M)
+        for tile in tl.range(start // M, cut):
             dk, dv, column = _step(
-                i0, dk, dv, column, k, v, j, of_key, key_high, key_low,
+                tile * M, dk, dv, column, k, v, j, of_key, key_high, key_low,
                 before_last, last_high, last_low,
-                q_rows + row * DP, e_rows + row * DVP, g_rows + row * DP, u_rows + row * DP,
+                q_rows + row * SHARE, e_rows + row * DVP, u_rows + row * DP,
                 row_data + row, stride, factor, lift, of_scores, of_values,
                 high_of_head, low_of_head, first_of_head,
-                T, S, left, right, M, DP, DVP, OPERAND, CAUSAL, HAS_LEFT, HAS_RIGHT,
+                T, S, left, right, M, N, DP, DVP, OPERAND, CAUSAL, HAS_LEFT, HAS_RIGHT,
                 HAS_BIAS, HAS_DECAY, True, PRECISION, SLOPE, SOLVED, OF_KEYS, OF_VALUES, COLUMN,
             )
-        for i0 in tl.range(whole, stop, M):
+        for tile in tl.range(cut, tl.cdiv(stop, M)):
             dk, dv, column = _step(
-                i0, dk, dv, column, k, v, j, of_key, key_high, key_low,
+                tile * M, dk, dv, column, k, v, j, of_key, key_high, key_low,
                 before_last, last_high, last_low,
-                q_rows + row * DP, e_rows + row * DVP, g_rows + row * DP, u_rows + row * DP,
+                q_rows + row * SHARE, e_rows + row * DVP, u_rows + row * DP,
                 row_data + row, stride, factor, lift, of_scores, of_values,
                 high_of_head, low_of_head, first_of_head,
-                T, S, left, right, M, DP, DVP, OPERAND, CAUSAL, HAS_LEFT, HAS_RIGHT,
+                T, S, left, right, M, N, DP, DVP, OPERAND, CAUSAL, HAS_LEFT, HAS_RIGHT,
                 HAS_BIAS, HAS_DECAY, False, PRECISION, SLOPE, SOLVED, OF_KEYS, OF_VALUES, COLUMN,
             )
         if COLUMN:

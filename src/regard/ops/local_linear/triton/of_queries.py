@@ -19,7 +19,13 @@ import triton.language as tl
 from regard.gpu.inside import head_of
 from regard.ops.local_linear.triton.conjugate import EPSILON, NOISE
 from regard.ops.local_linear.triton.cotangent import DEAD
-from regard.ops.local_linear.triton.forward import LOG2E, tile_scores
+from regard.ops.local_linear.triton.forward import (
+    LOG2E,
+    scores_of,
+    stacked,
+    tile_scores,
+    two_products,
+)
 from regard.ops.local_linear.triton.walk import (
     key_range,
     operand_rows,
@@ -35,27 +41,34 @@ from regard.ops.local_linear.triton.walk import (
 @triton.jit
 def _step(
     j0, acc, total,
-    q, e, g, u, at_zero, rest_at_zero, constant, shrink, factor, base,
+    q, e, u, at_zero, rest_at_zero, constant, shrink, factor, base,
     keys, key_row, values, value_row,
     bias, high, low, i, row_high, row_low, row_first, T, S, left, right,
-    N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, OPERAND: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, SLOPE: tl.constexpr, SOLVED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    OPERAND: tl.constexpr, DESCRIPTOR: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr, SOLVED: tl.constexpr,
 ):
     """Adds a tile of keys to sum_j dS_j k_j and to sum_j dS_j (times the sum of the weights)."""
     k = tile_of(keys, key_row + j0, N, DP, DESCRIPTOR)
     v = tile_of(values, value_row + j0, N, DVP, DESCRIPTOR)
-    s = tile_scores(
-        q, k, factor, j0 + tl.arange(0, N), bias, high, low, i, row_high, row_low, row_first,
-        T, S, left, right, HAS_LEFT, HAS_RIGHT, HAS_BIAS, HAS_DECAY, MASKED, PRECISION,
-    )
+    if SLOPE:  # of queries and slopes
+        product, slant = two_products(q, k, M, N, PRECISION)
+        s = scores_of(
+            product, factor, j0 + tl.arange(0, N), bias, high, low, i, row_high, row_low,
+            row_first, T, S, left, right, HAS_LEFT, HAS_RIGHT, HAS_BIAS, HAS_DECAY, MASKED,
+        )
+    else:
+        s = tile_scores(
+            q, k, factor, j0 + tl.arange(0, N), bias, high, low, i, row_high, row_low, row_first,
+            T, S, left, right, HAS_LEFT, HAS_RIGHT, HAS_BIAS, HAS_DECAY, MASKED, PRECISION,
+        )
     rest = tl.dot(e, tl.trans(v), input_precision=PRECISION)
     if SOLVED:
         rest = tl.dot(u, tl.trans(k), rest, input_precision=PRECISION)
     rest += rest_at_zero[:, None]
     if SLOPE:
-        rest *= tl.dot(g, tl.trans(k), input_precision=PRECISION) + at_zero[:, None]
+        rest *= slant + at_zero[:, None]
     ds = tl.exp2(s - base[:, None]) * (rest + constant[:, None])
     if MASKED:  # 0 times a later key's product may be no 0
         ds = tl.where(s == float("-inf"), 0.0, ds)
@@ -70,12 +83,13 @@ def queries_kernel(
     mean, top_in, total_in, lse_in, slope, solution, failed_g, failed, right_side, overflow,
     e_rows, guard_in, gamma_in,
     grad_q, grad_ridge, grad_scale, grad_row, grad_probe,
-    q_rows, g_rows, u_rows, row_data, bounds,
+    q_rows, u_rows, row_data, bounds, scratch,
     qb, qh, qt, scale_b, scale_h, ridge_b, ridge_h, ridge_t,
     T, S, length, row_length, left, right, tiles, together, pairs,
     H: tl.constexpr, HK: tl.constexpr, BIAS_HEADS: tl.constexpr, DECAY_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, INTERCEPT: tl.constexpr, ABSOLUTE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    INTERCEPT: tl.constexpr, ABSOLUTE: tl.constexpr,
     SLOPE: tl.constexpr, SOLVED: tl.constexpr, REFINED: tl.constexpr,
     BALANCED: tl.constexpr, CONSTANT: tl.constexpr, RESCUED: tl.constexpr, LOOP: tl.constexpr,
     LIMIT: tl.constexpr, HALF: tl.constexpr, OPERAND: tl.constexpr, DESCRIPTOR: tl.constexpr,
@@ -91,8 +105,9 @@ def queries_kernel(
     the values is wanted.
 
     row_data [4, B H, rows]: 1 - a and gamma - b at k = 0, base, and the logarithm of what divides
-    exp2(s). g_rows, u_rows: -g and -u. bounds [2, B H, tiles]: of the size of what a tile
-    contributes to values and to keys.
+    exp2(s). q_rows: q, or with SLOPE ROWS rows of q and as many of -g in turns. u_rows: -u.
+    bounds [2, B H, tiles]: of the size of what a tile contributes to values and to keys. scratch:
+    as in `output_kernel`.
     """
     tile, pair = place(tl.program_id(0), tiles, pairs, together)
     b = pair // H
@@ -144,7 +159,8 @@ def queries_kernel(
     queries, q_guard = operand_rows(raw, HALF, OPERAND)
     if HALF:
         raw = tl.minimum(tl.maximum(raw, -LIMIT), LIMIT)
-    tl.store(q_rows + (padded * DP)[:, None] + channels[None, :], raw.to(OPERAND))
+    placed = padded // ROWS * (2 * ROWS) + padded % ROWS if SLOPE else padded
+    tl.store(q_rows + (placed * DP)[:, None] + channels[None, :], raw.to(OPERAND))
     top = tl.load(top_in + rows + i, mask=inside, other=0.0)
     total_of_row = tl.load(total_in + rows + i, mask=inside, other=1.0)
     base = tl.where(live, top, DEAD)
@@ -166,7 +182,7 @@ def queries_kernel(
         if INTERCEPT:
             at_zero += 1.0
         bound_g += tl.max(tl.abs(g), 1)
-        tl.store(g_rows + (padded * DP)[:, None] + channels[None, :], g_short)
+        tl.store(q_rows + ((placed + ROWS) * DP)[:, None] + channels[None, :], g_short)
     if SOLVED:
         u = tl.where(live[:, None], u, 0.0)
         u_short = (-u).to(OPERAND)
@@ -207,31 +223,36 @@ def queries_kernel(
             tile * M, tl.minimum(tile * M + M, T), first, T, S, left, right,
             N, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_DECAY,
         )
+        if SLOPE:  # by way of memory, and so is u: see `as_loaded`
+            scratch += (pair.to(tl.int64) * tiles + tile) * (2 * M * DP)
+            queries = stacked(queries, g_short, scratch, M, DP)
+        if SOLVED:
+            u_short = tl.load(u_rows + (padded * DP)[:, None] + channels[None, :])
         acc = tl.zeros([M, DP], tl.float32)
         total = tl.zeros([M], tl.float32)
         if HAS_LEFT or HAS_DECAY:
             for j0 in tl.range(start, whole, N):
                 acc, total = _step(
-                    j0, acc, total, queries, e, g_short, u_short, at_zero,
+                    j0, acc, total, queries, e, u_short, at_zero,
                     rest_at_zero, constant, shrink, factor, base, key_source, key_row,
                     value_source, value_row, bias, high, low, i, row_high, row_low, row_first,
-                    T, S, left, right, N, DP, DVP, OPERAND, DESCRIPTOR, HAS_LEFT, HAS_RIGHT,
+                    T, S, left, right, M, N, DP, DVP, OPERAND, DESCRIPTOR, HAS_LEFT, HAS_RIGHT,
                     HAS_BIAS, HAS_DECAY, True, PRECISION, SLOPE, SOLVED,
                 )
         for j0 in tl.range(whole, cut, N):
             acc, total = _step(
-                j0, acc, total, queries, e, g_short, u_short, at_zero,
+                j0, acc, total, queries, e, u_short, at_zero,
                 rest_at_zero, constant, shrink, factor, base, key_source, key_row,
                 value_source, value_row, bias, high, low, i, row_high, row_low, row_first,
-                T, S, left, right, N, DP, DVP, OPERAND, DESCRIPTOR, HAS_LEFT, HAS_RIGHT,
+                T, S, left, right, M, N, DP, DVP, OPERAND, DESCRIPTOR, HAS_LEFT, HAS_RIGHT,
                 HAS_BIAS, HAS_DECAY, False, PRECISION, SLOPE, SOLVED,
             )
         for j0 in tl.range(cut, stop, N):
             acc, total = _step(
-                j0, acc, total, queries, e, g_short, u_short, at_zero,
+                j0, acc, total, queries, e, u_short, at_zero,
                 rest_at_zero, constant, shrink, factor, base, key_source, key_row,
                 value_source, value_row, bias, high, low, i, row_high, row_low, row_first,
-                T, S, left, right, N, DP, DVP, OPERAND, DESCRIPTOR, HAS_LEFT, HAS_RIGHT,
+                T, S, left, right, M, N, DP, DVP, OPERAND, DESCRIPTOR, HAS_LEFT, HAS_RIGHT,
                 HAS_BIAS, HAS_DECAY, True, PRECISION, SLOPE, SOLVED,
             )
         through = acc * (inverse * own)[:, None]  # sum_j dS_j k'_j

@@ -24,7 +24,7 @@ _HALF = {
     },
     "average": {
         16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
-        64: Config(64, 128, 4, 2, 168, True), 128: Config(64, 64, 4, 3, 168, True),
+        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 3, 168, True),
     },
     "start": {
         16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
@@ -35,12 +35,12 @@ _HALF = {
         64: Config(64, 64, 4, 3, None, True), 128: Config(64, 64, 4, 3, None, True),
     },
     "output": {
-        16: Config(64, 128, 4, 3, None, True), 32: Config(64, 128, 4, 3, None, True),
-        64: Config(64, 128, 4, 3, None, True), 128: Config(64, 64, 4, 2, None, True),
+        16: Config(64, 64, 4, 3, 128, True), 32: Config(64, 128, 4, 3, None, True),
+        64: Config(64, 64, 4, 3, 168, True), 128: Config(128, 64, 8, 3, None, True),
     },
     "given": {
         16: Config(64, 64, 4, 3, None, True), 32: Config(64, 64, 4, 3, None, True),
-        64: Config(64, 64, 4, 3, None, True), 128: Config(128, 64, 8, 3, None, True),
+        64: Config(64, 64, 4, 3, None, True), 128: Config(64, 64, 4, 2, None, True),
     },
     # The backward.
     "cotangent": {
