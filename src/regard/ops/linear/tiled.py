@@ -12,7 +12,7 @@ divisor is clamped), and those of S and z are sums over the queries, like S and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -159,10 +159,15 @@ _forward = define(
 
 def refuse(problem: Problem) -> str | None:
     """Why tiles do not serve a problem, or None."""
-    if problem.causal:
-        return "causal: every query reads a state of its own"
     if problem.q.device.type not in ("cpu", "meta"):
         return "its tiles fit the cache of a CPU"
+    return refuse_operands(problem, MAPS)
+
+
+def refuse_operands(problem: Problem, maps: Collection[str]) -> str | None:
+    """Why a form that forms one state for all queries, with these maps, cannot, or None."""
+    if problem.causal:
+        return "causal: every query reads a state of its own"
     for name in ("log_decay", "beta", "key_mask", "chunk"):
         if getattr(problem, name) is not None:
             return f"it takes no {'chunk_size' if name == 'chunk' else name}"
@@ -170,7 +175,7 @@ def refuse(problem: Problem) -> str | None:
         return "one scale for all heads only"
     if problem.epsilon:
         return "nothing is added to its divisor"
-    unknown = {problem.query_map.name, problem.key_map.name} - set(MAPS)
+    unknown = {problem.query_map.name, problem.key_map.name} - set(maps)
     return f"it knows no feature map {', '.join(sorted(unknown))}" if unknown else None
 
 

@@ -20,6 +20,7 @@ from regard.core.mapped import batched
 from regard.native import chosen, function, refusal
 from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER, Operand, operand
 from regard.ops.linear.problem import Problem, Solution, each_sequence
+from regard.ops.linear.tiled import refuse_operands
 
 OP = "linear_attention"
 MAPS = {"identity": 0, "relu": 1, "elu": 2, "leaky_relu": 3, "exp": 4}  # of maps.h
@@ -230,19 +231,7 @@ def refuse_tensors(q: Tensor) -> str | None:
 
 def refuse(problem: Problem) -> str | None:
     """Why this form cannot serve a problem, or None."""
-    if problem.causal:
-        return "causal: every query reads a state of its own"
-    for name in ("log_decay", "beta", "key_mask", "chunk"):
-        if getattr(problem, name) is not None:
-            return f"it takes no {'chunk_size' if name == 'chunk' else name}"
-    if isinstance(problem.scale, Tensor):
-        return "one scale for all heads only"
-    if problem.epsilon:
-        return "nothing is added to its divisor"
-    unknown = {problem.query_map.name, problem.key_map.name} - set(MAPS)
-    if unknown:
-        return f"it knows no feature map {', '.join(sorted(unknown))}"
-    return refuse_tensors(problem.q)
+    return refuse_operands(problem, MAPS) or refuse_tensors(problem.q)
 
 
 def _solve(problem: Problem) -> Solution:
