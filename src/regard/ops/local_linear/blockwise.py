@@ -61,12 +61,10 @@ def _put(
     result: Result, heads: Heads, block: Block, found: Fit, only: Tensor | None
 ) -> None:
     """The output of a fitted block, and what else there is to tell of it."""
-    out = found.slope.new_zeros(*found.slope.shape[:2], heads.v.shape[2])
-    total = torch.zeros_like(found.inverse)
-    for c0, c1 in block.tiles():
-        tile = signed(heads, block, found, c0, c1)
-        total += tile.sum(-1, keepdim=True)
-        heads.collect(out, tile, heads.values(block, c0, c1))
+    out, total = heads.weighted_sums(
+        block, found.weights, -found.slope, found.at_zero, heads.v, True
+    )
+    assert total is not None
     out *= _inverse(heads, found.inverse, total)
     rows = (out, found.slope, found.lse, found.iterations, found.residual)
     for target, values in zip(result, rows, strict=True):

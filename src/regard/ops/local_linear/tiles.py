@@ -200,7 +200,7 @@ class Heads:
     @staticmethod
     def _each(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Matrices [n, ., .] of which oneDNN takes one at a time."""
-        return zip(*stacks, strict=True)
+        return zip(*(x.unbind() for x in stacks), strict=True)
 
     def plus(self, block: Block, tile: Tensor, rows: Tensor, c0: int, c1: int) -> Tensor:
         """A tile plus rows times its keys; the tile is given up."""
@@ -223,6 +223,39 @@ class Heads:
             tile = self.product(block, rows, c0, c1).add_(constant).mul_(w)
         self.blank(block, tile, c0, c1)
         return tile
+
+    def weighted_sums(
+        self, block: Block, weights: Tensor, rows: Tensor, constant: Tensor, matrix: Tensor,
+        sums: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """sum_j w_j x_j [n, M, X] and, if asked, sum_j w_j [n, M, 1] over all keys of the block.
+
+        w are the tiles of `weighted`, x_j the keys or values of matrix [n, S, X]. Results of
+        oneDNN are used where they lie, one head at a time.
+        """
+        out = rows.new_empty(*rows.shape[:2], matrix.shape[2])
+        total = torch.zeros_like(constant) if sums else None
+        matrix = matrix[:, block.low : block.high]
+        if not self.onednn:
+            out.zero_()
+            for c0, c1 in block.tiles():
+                tile = self.weighted(block, weights, rows, constant, c0, c1)
+                out.baddbmm_(tile, matrix[:, c0:c1])
+                if total is not None:
+                    total += tile.sum(-1, keepdim=True)
+            return out, total
+        both = torch.cat([rows, constant], 2)
+        keys = self.k_and_one[:, block.low : block.high]
+        each = self._each(both, weights, keys, matrix, out)
+        for head, (x, w, k, m, found) in enumerate(each):
+            for c0, c1 in block.tiles():
+                tile = gemm.times_and_weigh(x, k[c0:c1], w[:, c0:c1])
+                self.blank(block, tile, c0, c1)
+                product = gemm.times(tile, m[c0:c1].t())
+                found.copy_(product) if c0 == 0 else found.add_(product)
+                if total is not None:
+                    total[head] += tile.sum(-1, keepdim=True)
+        return out, total
 
     def collect(self, total: Tensor, tile: Tensor, matrix: Tensor) -> None:
         """total [n, M, X] += tile [n, M, keys] times the keys or values [n, keys, X] of a tile."""
@@ -277,15 +310,8 @@ class Heads:
         """
         if self.width == x.shape[2]:
             shift = -(x * mean).sum(-1, keepdim=True)
-            if self.onednn:
-                return self._covariance_by_head(block, weights, mean, x, shift, precise)
-            total, rest = torch.zeros_like(x), torch.zeros_like(shift)
-            for c0, c1 in block.tiles():
-                tile = self.weighted(block, weights, x, shift, c0, c1)
-                self.collect(total, tile, self.keys(block, c0, c1))
-                if precise:
-                    rest += tile.sum(-1, keepdim=True)
-            return total.addcmul_(rest, mean, value=-1) if precise else total
+            total, rest = self.weighted_sums(block, weights, x, shift, self.k, precise)
+            return total if rest is None else total.addcmul_(rest, mean, value=-1)
         total = torch.zeros_like(x)
         for at in self.spans():
             part, goal = x[..., at], total[..., at]
@@ -298,26 +324,6 @@ class Heads:
                 goal.baddbmm_(tile, keys)
                 if precise:
                     goal.addcmul_(tile.sum(-1, keepdim=True), mean[..., at], value=-1)
-        return total
-
-    def _covariance_by_head(
-        self, block: Block, weights: Tensor, mean: Tensor, x: Tensor, shift: Tensor, precise: bool
-    ) -> Tensor:
-        """The same by oneDNN, whose results are used where they lie: one head at a time."""
-        both, total = torch.cat([x, shift], 2), torch.empty_like(x)
-        keys, keys_and_one = (y[:, block.low : block.high] for y in (self.k, self.k_and_one))
-        each = self._each(both, weights, keys, keys_and_one, mean, total)
-        for rows, w, k, k_and_one, centre, out in each:
-            rest = torch.zeros_like(rows[:, :1]) if precise else None
-            for c0, c1 in block.tiles():
-                tile = gemm.times_and_weigh(rows, k_and_one[c0:c1], w[:, c0:c1])
-                self.blank(block, tile, c0, c1)
-                product = gemm.times(tile, k[c0:c1].t())
-                out.copy_(product) if c0 == 0 else out.add_(product)
-                if rest is not None:
-                    rest += tile.sum(-1, keepdim=True)
-            if rest is not None:
-                out.addcmul_(rest, centre, value=-1)
         return total
 
     def spans(self) -> list[slice]:

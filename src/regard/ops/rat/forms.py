@@ -70,7 +70,8 @@ def _own(call: Call, grid: Grid, v: Tensor) -> Tensor:
     """One chunk that never ends: the softmax is over a query's own entry, and gives its value."""
     T, group, offset = call.q.shape[2], call.q.shape[1] // v.shape[1], grid.offset
     if grid.place is not None:
-        out = rows_at(v, grid.place.long()).masked_fill((grid.place < 0)[:, None, :, None], 0.0)
+        out = _shared_rows(v, grid.place.long())
+        out = out.masked_fill((grid.place < 0)[:, None, :, None], 0.0)
     elif offset < 0:  # queries before the first key
         blind = min(-offset, T)
         out = pad(v[:, :, : T - blind], (0, 0, blind, 0))
@@ -82,6 +83,19 @@ def _own(call: Call, grid: Grid, v: Tensor) -> Tensor:
             # Its gradient is 0 all the same, and whatever it holds reaches nothing.
             out = out + torch.zeros_like(x).where(x.new_ones((), dtype=torch.bool), x).sum()
     return out
+
+
+def _shared_rows(v: Tensor, places: Tensor) -> Tensor:
+    """`rows_at` where queries share places and autograd adds up their gradients.
+
+    On a CPU the sum of a gather is in order; on a GPU it is by atomic additions, in an order that
+    changes from run to run, while that of indexing is sorted first. (Indexing on several threads
+    of a CPU is the other way round.)
+    """
+    if v.device.type == "cpu":
+        return rows_at(v, places)
+    row = torch.arange(len(v), device=v.device)[:, None]
+    return v[row, :, places.clamp(min=0)].transpose(1, 2)
 
 
 def _native(call: Call) -> Any:
