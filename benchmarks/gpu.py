@@ -1,6 +1,7 @@
-"""Local linear attention on one GPU: is it right, how long does it take.
+"""Every kernel of the library on one GPU: is it right, how long does it take.
 
 Run: python benchmarks/gpu.py [--minutes 8] [--out FILE]
+     python benchmarks/gpu.py --only checks --only decode    (parts or sections)
      python benchmarks/gpu.py --only fuzz --fuzz 100     (benchmarks/fuzz.py: many more)
      python benchmarks/gpu.py --dry-run      (on a processor, tiny, eager, nothing is timed)
 Writes results/gpu.json after every row. What the minutes do not suffice for is left out and
@@ -8,9 +9,10 @@ listed. The exit code is 1 if any result is wrong; a target of speed that is mis
 only.
 
 The first call is timed cold. Then several processes compile every kernel that is timed and make the
-short calls that are judged whole, at most for 45 % of the minutes; the rest is for the times.
+short calls that are judged whole, at most for 40 % of the minutes; the rest is for the times. Other
+GPUs of the machine help with that; one is timed, alone.
 Medians of CUDA events, the cache emptied before each run, all contestants in turns in one process:
-ours, torch's flash kernel and cuDNN's, flash-linear-attention where it is installed.
+ours, torch's flash kernel and cuDNN's, FlexAttention, flash-linear-attention where it is installed.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from regard.bench.kernels import case as cases
 from regard.bench.kernels import gpu, others, sparse
 from regard.bench.kernels.case import Case
+from regard.bench.kernels.jobs import Check, jobs, take
 from regard.bench.kernels.measure import Bench
 from regard.bench.kernels.result import Result, as_text, facts
 from regard.bench.kernels.rows import Left, Row
@@ -40,14 +42,13 @@ from regard.core.state import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("checks", "fuzz", "times")
-FOR_CHECKS = 0.45  # of the time, at most, with what is compiled before
+FOR_CHECKS = 0.4  # of the time, at most, with what is compiled before
 ALONE = 0.95  # of the time, where nothing is timed
 ATTEMPTS = 2  # at a row, while the device is not quiet
 FUZZ_ALIKE = 50  # random calls of a kind, which share what is compiled
-MOST_PROCESSES = 14
+MOST_PROCESSES = 14  # on one GPU
 GRACE = 3.0  # seconds after which a process is ended
 NO_TIME = "no time was left"
-Check = tuple[Case, tuple[str, ...] | None]
 DRY_CHECKS = 11  # one of so many in a dry run
 
 
@@ -73,6 +74,11 @@ class Run:
         self.judge = Bench(self.device, timed=False)
         self.result = Result(self.device, facts(self.device))
         self.path = options.out or (None if self.dry else RESULTS / "gpu.json")
+        asked = options.only or list(PARTS)
+        self.parts = {part for part in PARTS if part in asked}
+        self.sections = [name for name in asked if name not in PARTS]
+        if self.sections:
+            self.parts.add("times")
 
     @property
     def seconds(self) -> float:
@@ -88,9 +94,8 @@ class Run:
 
     def everything(self) -> Result:
         """Checks, random calls, times: those that were asked for."""
-        parts = self.options.only or PARTS
-        programme = self.programme() if "times" in parts else []
-        checks = self.checks() if "checks" in parts else []
+        programme = self.programme() if "times" in self.parts else []
+        checks = self.checks() if "checks" in self.parts else []
         if not self.dry:
             self.result.peak["before"] = peak()
             for case in programme[:1]:  # its first call compiles: nothing is in a cache yet
@@ -103,8 +108,8 @@ class Run:
                 self.result.checks.append(judged(self.judge, case, learn))
                 self.keep(f"check {case.name}")
         elif programme or checks:
-            self.prepare(checks, compiling=bool(programme))
-        if "fuzz" in parts and self.options.fuzz:
+            self.prepare(programme, checks)
+        if "fuzz" in self.parts and self.options.fuzz:
             self.random_calls()
         for case in programme:
             if self.seconds > self.limit:
@@ -119,49 +124,59 @@ class Run:
 
     def row(self, case: Case) -> None:
         """One that is timed."""
-        self.result.rows.append(self.bench.row(case))
+        found = self.bench.row(case)
+        if isinstance(found, Row) and "forward/Flex" in found.numbers:
+            found.numbers |= self.result.facts.get("flex_compile", {}).get(case.mechanism, {})
+        self.result.rows.append(found)
         self.keep(case.name)
         if not self.dry:
             torch.cuda.empty_cache()
 
     def programme(self) -> list[Case]:
         """What is timed; a dry run makes it small, and many of them are the same then."""
-        cases = list(gpu.timed())
+        programme = [
+            case for case in gpu.timed() if not self.sections or case.section in self.sections
+        ]
         if not self.dry:
-            return cases
-        return list({case.name: case for case in map(gpu.shrunk, cases)}.values())
+            return programme
+        return list({case.name: case for case in map(gpu.shrunk, programme)}.values())
 
     def checks(self) -> list[Check]:
-        """Calls that are judged: whole with what is learnt, or (None) long ones at some rows.
-
-        In a spread order: what there is no time for is left out everywhere.
-        """
+        """Calls that are judged: whole with what is learnt, or (None) long ones at some rows."""
         checks = every_check(32 if self.dry else 1024)
         if not self.dry:
             return checks
         return [(gpu.shrunk(case), learn) for case, learn in checks[::DRY_CHECKS]]
 
-    def prepare(self, checks: list[Check], compiling: bool) -> None:
+    def prepare(self, programme: list[Case], checks: list[Check]) -> None:
         """Kernels into Triton's cache on disk, and the checks, by several processes at once."""
-        count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2))
-        seconds = (FOR_CHECKS if compiling else ALONE) * self.limit - self.seconds
-        deadline = time.time() + max(0.0, seconds)
+        devices = torch.cuda.device_count()
+        count = max(1, min(MOST_PROCESSES * devices, (os.cpu_count() or 1) - 2))
+        share = FOR_CHECKS if programme else ALONE
+        deadline = time.time() + max(0.0, share * self.limit - self.seconds)
         found: dict[int, Row | Left] = {}
         with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            (work / "jobs").write_bytes(pickle.dumps(jobs(programme, checks)))
             command = [sys.executable, __file__, "--worker", folder, "--until", f"{deadline}"]
-            command += ["--only", "times"] * compiling + ["--only", "checks"] * bool(checks)
-            parts = [subprocess.Popen([*command, "--part", f"{i}/{count}"]) for i in range(count)]
+            parts = [
+                subprocess.Popen([*command, "--part", f"{i}"], env=_environment(i % devices))
+                for i in range(count)
+            ]
+            if any(case.mechanism in sparse.MECHANISMS for case in programme):
+                self.result.facts["flex_compile"] = flex_compile()
             for part in parts:
                 try:
                     part.wait(max(0.0, deadline + GRACE - time.time()))
                 except subprocess.TimeoutExpired:
                     part.kill()  # what is missing is compiled when it is called
                     part.wait()
-            for file in Path(folder).glob("*.pickle"):
+            for file in work.glob("*.pickle"):
                 found |= pickle.loads(file.read_bytes())
+            taken = len(list(work.glob("*.taken")))
         for place, (case, _) in enumerate(checks):
             self.result.checks.append(found.get(place) or Left(case, NO_TIME))
-        self.keep(f"compiled by {count} processes; {len(found)} of {len(checks)} checks")
+        self.keep(f"{count} processes, {taken} jobs; {len(found)} of {len(checks)} checks")
 
     def random_calls(self) -> None:
         """`regard.testing.fuzz`."""
@@ -179,17 +194,16 @@ class Run:
             self.keep(f"{count} random calls of {mechanism}")
 
 
-def _compiled(case: Case) -> tuple[Any, ...]:
-    """What the kernels of a call may depend on: neither ridge nor keys."""
-    names = ("mechanism", "work", "dim", "length", "rows", "dtype", "extra", "causal", "kv_heads")
-    options = [str(item) for item in case.options.items() if item[0] not in ("tol", "tol_backward")]
-    return (*(getattr(case, name) for name in names), *options)
+def _environment(device: int) -> dict[str, str]:
+    """For a process that sees one GPU, and has one of the processor's cores."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name for name in seen.split(",") if name] or [str(device)] * (device + 1)
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": names[device], "OMP_NUM_THREADS": "1"}
 
 
 def every_check(length: int = 1024) -> list[Check]:
-    """Calls that are judged, in a spread order."""
-    long = ((case, None) for case in gpu.judged())
-    return spread([*gpu.checked(length=length), *long])
+    """Calls that are judged: short ones whole, long ones at some rows."""
+    return [*gpu.checked(length=length), *((case, None) for case in gpu.judged())]
 
 
 def judged(bench: Bench, case: Case, learn: tuple[str, ...] | None) -> Row | Left:
@@ -198,51 +212,60 @@ def judged(bench: Bench, case: Case, learn: tuple[str, ...] | None) -> Row | Lef
 
 
 def work(options: argparse.Namespace) -> None:
-    """What one process of many does: compiles every n-th case that is timed, then judges checks.
+    """What one process of many does: job after job, until there are none or the time is over.
 
     What it found lies in the folder after every check.
     """
-    number, count = map(int, options.part.split("/"))
-    if "times" in options.only:
-        for case in list({_compiled(case): case for case in gpu.timed()}.values())[number::count]:
-            if time.time() < options.until:
+    todo = pickle.loads((options.worker / "jobs").read_bytes())
+    bench, found = Bench("cuda", timed=False), {}
+    for number in take(options.worker, len(todo), options.until):
+        kind, calls = todo[number]
+        for place, case, learn in calls:
+            if kind == "compile":
                 with suppress(Exception):  # whatever fails will say so when it is timed
                     _compile(case)
-    bench, found = Bench("cuda", timed=False), {}
-    checks = list(enumerate(every_check()))[number::count] if "checks" in options.only else []
-    for place, (case, learn) in checks:
-        if time.time() > options.until:
-            return
-        found[place] = judged(bench, case, learn)
-        write_atomically(options.worker / f"{number}.pickle", pickle.dumps(found))
+                cases.forget()  # they are large, and many processes share one device
+                torch.cuda.empty_cache()
+            elif time.time() < options.until:
+                found[place] = judged(bench, case, learn)
+                write_atomically(options.worker / f"{options.part}.pickle", pickle.dumps(found))
+
+
+def flex_compile() -> dict[str, dict[str, float]]:
+    """Seconds in which torch compiles FlexAttention for a mask it has not seen, by mechanism.
+
+    Of a first call, forward and with its backward; others compile meanwhile.
+    """
+    from torch._inductor import config
+
+    found: dict[str, dict[str, float]] = {}
+    with suppress(Exception), config.patch(force_disable_caches=True):
+        for case in gpu.timed():
+            flexible = case.mechanism in sparse.MECHANISMS and case.work == "gradients"
+            if not flexible or case.mechanism in found:
+                continue
+            calls = others.contestants(case, case.arguments("cuda"), "cuda")
+            if calls:
+                begun = time.perf_counter()
+                for call in calls.values():
+                    call()
+                torch.cuda.synchronize()
+                found[case.mechanism] = {"Flex compile s": time.perf_counter() - begun}
+    return found
 
 
 def _compile(case: Case) -> None:
     """One call, forward and where it is timed backward."""
-    if case.impl != "triton":
-        return
-    backward = case.work == "gradients"
-    with torch.set_grad_enabled(backward):
-        given = case.arguments("cuda")
-        if backward:
-            given = {n: x.requires_grad_() if n in "qkv" else x for n, x in given.items()}
-        out = case.run(given)
-        if backward:
-            out.sum().backward()
-        if case.mechanism in sparse.MECHANISMS:  # torch's compiler has a cache on disk, too
-            for call in others.contestants(case, given, "cuda").values():
-                call()
-        torch.cuda.synchronize()
-
-
-def spread(items: Iterable) -> list:
-    """The items in an order in which any beginning is a sample of all.
-
-    >>> spread(range(5))
-    [0, 2, 4, 1, 3]
-    """
-    items = list(items)
-    return items[::2] + items[1::2]
+    given = case.arguments("cuda")
+    with torch.no_grad():
+        case.run(given)
+    if case.work == "gradients":
+        leaves = {n: x.requires_grad_() if n in "qkv" else x for n, x in given.items()}
+        case.run(leaves).sum().backward()
+    if case.mechanism in sparse.MECHANISMS:  # torch's compiler has a cache on disk, too
+        for call in others.contestants(case, given, "cuda").values():
+            call()
+    torch.cuda.synchronize()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -252,7 +275,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="also N random calls")
     parser.add_argument("--seed", type=int, default=0, help="of the random calls")
     parser.add_argument("--start", type=int, default=0, help="number of the first random call")
-    parser.add_argument("--only", action="append", choices=PARTS, help="a part, may be repeated")
+    sections = sorted({case.section for case in gpu.timed()})
+    parser.add_argument(
+        "--only", action="append", choices=[*PARTS, *sections], metavar="PART",
+        help=f"may be repeated: {', '.join(PARTS)}, or what is timed: {', '.join(sections)}",
+    )  # fmt: skip
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)

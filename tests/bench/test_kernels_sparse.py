@@ -52,6 +52,8 @@ def test_work_is_counted() -> None:
 def test_rows_of_a_gpu() -> None:
     plain = Case("", impl="triton", dtype="bfloat16", heads=gpu.HEADS)
     rows = list(sparse.on_gpu(plain))
+    assert {row.mechanism for row in rows} == {"block_sparse", "window"}
+    rows += sparse.policies_on_gpu(plain)
     assert {row.mechanism for row in rows} == set(sparse.MECHANISMS)
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)

@@ -105,7 +105,7 @@ def test_the_page_of_a_gpu_is_made_from_its_file(tmp_path: Path) -> None:
     assert "| call | ms | / flash | / cuDNN | of a call, ms |" in page
     (row,) = (line for line in page.splitlines() if line.startswith("| row 16384 {'tol'"))
     assert "| 6.25 | 3.12x | 6.25x | 6.35 |" in row
-    assert "**missed:** forward/flash ≤ 3" in row
+    assert "forward/flash 3.12, ≤ 3: **missed**" in row
     assert "- row 16384 {'tol': 0.01}: forward/flash 3.12, wanted ≤ 3" in page
     assert "### Block-sparse attention\n" in page
     assert "![" in page

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.core.budgets import relative_error
+from regard.core.budgets import ROOM, relative_error
 from regard.core.card import Card, Case
 from regard.core.checks import check_choice, check_integer, name_of
 from regard.core.dispatch import IMPLS
@@ -40,7 +40,6 @@ PARTS = ((3, 60, 0, 1, 66), (40, 41), (5, 90, 33))  # lengths of packed sequence
 BLOCKS = (16, 64, 128)
 MOST = 2**21  # T S D: the reference holds as many numbers, some of them several times
 TRIALS = 50  # draws of a kind, until the form serves it
-ROOM = 1.5  # times what rounding the inputs does by itself
 # What an iterative solver must reach to be judged by rounding: of 16-bit inputs, of float32.
 TIGHT = {"mesa": (1e-5, None), "local_linear": (None, 1e-6)}
 

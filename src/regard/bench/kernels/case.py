@@ -57,7 +57,9 @@ class Case:
     another case whose forward is timed in the same row, as "base". `published`: milliseconds that
     the authors' kernels took for such a call, on the card that the targets are for. `extra`:
     operands made by their names: "key_mask" (a tenth of the keys masked), "log_decay", "packed"
-    (four sequences). `density`: the share of blocks that a plan names.
+    (four sequences), "identity_maps" (of Hedgehog: features of what comes in, nothing learned).
+    `density`: the share of blocks that a plan names; `policy`: who makes the plan from q and k,
+    None for chance.
     """
 
     section: str
@@ -82,6 +84,7 @@ class Case:
     published: float | None = None
     isa: str | None = None
     density: float | None = None
+    policy: str | None = None
     note: str = ""
 
     @property
@@ -117,6 +120,7 @@ class Case:
         if self.kv_heads not in (None, self.heads):
             words.append(f"{self.heads} on {self.kv_heads} heads")
         words += [] if self.density is None else [f"density {self.density:g}"]
+        words += [] if self.policy is None else [f"plan by {self.policy}"]
         words += [name.replace("_", " ") for name in self.extra]
         words += [f"{name}={value}" for name, value in self.options.items()]
         words += [self.dtype] * (self.dtype != "float32")
@@ -145,25 +149,24 @@ class Case:
         """Keys that are drawn: a token that is decoded is one more than those before it."""
         return self.length + (self.fixed_state and self.work == "decode")
 
-    def drawn(self) -> Drawn:
+    def drawn(self, device: str = "cpu") -> Drawn:
         """q, k, v in float32."""
         queries = self.tokens if self.fixed_state else self.rows
-        return _drawn(self.keys, self.heads, self.tokens, self.dim, queries, self.kv_heads)
+        return _drawn(self.keys, self.heads, self.tokens, self.dim, queries, self.kv_heads, device)
 
     def arguments(self, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Keyword arguments of the op; in float64 they are those of the reference, too."""
         dtype = self.torch_dtype if dtype is None else dtype
         wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         given: dict[str, Any] = {
-            name: x.to(device=device, dtype=dtype)
-            for name, x in zip("qkv", self.drawn(), strict=True)
+            name: x.to(dtype) for name, x in zip("qkv", self.drawn(device), strict=True)
         }
         given["causal"] = self.causal
         if self.mechanism == "local_linear":
             given["ridge"] = self.ridge
         if self.mechanism == "parallax":
-            made = torch.Generator().manual_seed(11)
-            probe = PROBE * torch.randn(given["q"].shape, generator=made)
+            made = torch.Generator(device).manual_seed(11)
+            probe = PROBE * torch.randn(given["q"].shape, generator=made, device=device)
             given["r"] = probe.to(device=device, dtype=dtype)
         if self.fixed_state:
             given |= family.operands(self, self.tokens, device, wide)
@@ -201,11 +204,27 @@ def _packed(case: Case, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-_EXTRA = {"key_mask": _key_mask, "log_decay": _log_decay, "packed": _packed}
+def _identity_maps(case: Case, device: str, dtype: torch.dtype) -> dict[str, None]:
+    return {"map_q": None, "map_k": None}
+
+
+_EXTRA = {
+    "key_mask": _key_mask, "log_decay": _log_decay, "packed": _packed,
+    "identity_maps": _identity_maps,
+}  # fmt: skip
 
 
 @lru_cache(maxsize=2)  # long ones are large
 def _drawn(
-    keys: Kind, heads: int, length: int, dim: int, queries: int, kv_heads: int | None
+    keys: Kind, heads: int, length: int, dim: int, queries: int, kv_heads: int | None, device: str
 ) -> Drawn:
-    return draw(keys, heads=heads, length=length, dim=dim, queries=queries, kv_heads=kv_heads)
+    return draw(
+        keys, heads=heads, length=length, dim=dim, queries=queries, kv_heads=kv_heads,
+        device=device,
+    )  # fmt: skip
+
+
+def forget() -> None:
+    """Lets go of what was drawn last, which is kept for the next call."""
+    _drawn.cache_clear()
+    sparse.forget()

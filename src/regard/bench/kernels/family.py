@@ -75,7 +75,7 @@ def one_head(given: Mapping[str, Any], head: int) -> dict[str, Any]:
         if name in found:
             found[name] = found[name][:, head : head + 1]
     for name in ("map_q", "map_k"):
-        if name in found:
+        if found.get(name) is not None:
             found[name] = found[name][head : head + 1]
     if isinstance(found.get("state"), FixedState):
         state = found["state"]
@@ -211,30 +211,29 @@ ON_GPU: dict[tuple[str, int, int], tuple[tuple[str, float | None, float | None, 
         ("forward/base", None, GROWTH, "must"),
     ),
     ("gated_delta", 128, K16): (),
-    ("hedgehog", 64, K16): (("forward/base", None, 2.2, "must"),),
-    ("hedgehog", 64, K64): (("forward/base", None, 2.2, "must"),),
-    ("mesa", 64, K16): (("forward/fla", None, 1.0, "must"),),
-    ("mesa", 128, K4): (("forward/fla", None, 1.0, "must"),),
 }  # fmt: skip
+# Hedgehog over lightning of the same D, with maps that are learnt and with features of q and k as
+# they come.
+HEDGEHOG_OVER = 2.2
+# Milliseconds of flash-linear-attention's MesaNet, 30 iterations, on one H100; ours makes them
+# too, and stops early by default.
+MESA = {(64, K16): 1.14, (64, K64): 4.4, (128, K4): 1.07, (128, K16): 4.0}
 GRADIENTS_ON_GPU = {
     ("lightning", 64, K64): (("ms of both", None, 2.2, "must"),),
     ("lightning", 64, K16): (),
     ("gated_delta", 64, K16): (),
     ("hedgehog", 64, K16): (),
+    ("hedgehog", 128, K16): (),
     ("mesa", 64, K4): (),
 }
-# Of 16-bit inputs, or what rounding them does if that is more; iterations stop at 1e-2, and twice
-# that is allowed as elsewhere.
-LOOSE, LOOSE_GRADIENT = {"mesa": 2e-2}, {"mesa": 5e-2}
-GRADIENT_16 = 5e-3
+GRADIENT_16 = 5e-3  # of 16-bit inputs, or what rounding them does if that is more
 
 
 def _on_gpu(plain: Case, mechanism: str, D: int, length: int, bounds: Any) -> Case:
     targets = tuple(_target(name, least, level, most=most) for name, least, most, level in bounds)
     return replace(
         plain, section="linear family", mechanism=mechanism, dim=D, length=length,
-        targets=targets, bound=LOOSE.get(mechanism, plain.bound),
-        gradient_bound=LOOSE_GRADIENT.get(mechanism, GRADIENT_16),
+        targets=targets, gradient_bound=GRADIENT_16,
     )  # fmt: skip
 
 
@@ -242,11 +241,21 @@ def on_gpu(plain: Case) -> Iterator[Case]:
     """Rows of a GPU: `plain` has the form, dtype and heads."""
     for (mechanism, D, length), bounds in ON_GPU.items():
         case = _on_gpu(plain, mechanism, D, length, bounds)
-        other = "lightning" if mechanism == "hedgehog" else mechanism
         if any(name == "forward/base" for name, *_ in bounds):
-            base = _on_gpu(plain, other, D, length if other != mechanism else K16, ())
-            case = replace(case, against=base)
+            case = replace(case, against=_on_gpu(plain, mechanism, D, K16, ()))
         yield case
+    for D in (64, 128):
+        for length in (K16, K64):
+            most = (("forward/base", None, HEDGEHOG_OVER, "must"),)
+            case = _on_gpu(plain, "hedgehog", D, length, most)
+            case = replace(case, against=_on_gpu(plain, "lightning", D, length, ()))
+            yield case
+            yield replace(case, extra=("identity_maps",))
+    for (D, length), theirs in MESA.items():
+        asked = (("published/forward", 1, None, "must"), ("forward/fla", None, 1.0, "must"))
+        case = replace(_on_gpu(plain, "mesa", D, length, asked), published=theirs)
+        yield case
+        yield replace(case, options={"tol": 0.0, "max_iters": 30})
     for (mechanism, D, length), bounds in GRADIENTS_ON_GPU.items():
         yield replace(
             _on_gpu(plain, mechanism, D, length, bounds), work="gradients",
@@ -272,9 +281,8 @@ def checked_on_gpu(plain: Case, dtypes: tuple[str, ...]) -> Iterator[tuple[Case,
                 wide, slow = dtype == "float32", mechanism == "mesa"
                 case = replace(
                     plain, mechanism=mechanism, dtype=dtype, dim=D, extra=(),
-                    bound=(3e-5 if slow else BOUND) if wide else LOOSE.get(mechanism, 1e-5),
-                    gradient_bound=(1e-4 if slow else GRADIENT_BOUND) if wide
-                    else LOOSE_GRADIENT.get(mechanism, GRADIENT_16),
+                    bound=3e-5 if slow else BOUND,
+                    gradient_bound=(1e-4 if slow else GRADIENT_BOUND) if wide else GRADIENT_16,
                     options={"tol": 1e-6} if wide and slow else {},
                 )  # fmt: skip
                 yield case, learnt.get(mechanism, ())

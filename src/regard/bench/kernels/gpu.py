@@ -69,8 +69,6 @@ def timed(impl: str = "triton") -> Iterator[Case]:
     yield from _gradients(plain)
     yield from _decodes(plain)
     yield from _relatives(plain)
-    yield from family.on_gpu(plain)
-    yield from sparse.on_gpu(plain)
     must, stretch = MEMORY
     yield replace(
         plain, section="memory", length=K64,
@@ -81,6 +79,9 @@ def timed(impl: str = "triton") -> Iterator[Case]:
     )  # fmt: skip
     yield from _variants(plain)
     yield from _precise(plain)
+    yield from family.on_gpu(plain)
+    yield from sparse.on_gpu(plain)
+    yield from sparse.policies_on_gpu(plain)
     yield from sparse.long_on_gpu(plain)
     yield from _tolerances(plain)
     for D in (32, 64, 128):

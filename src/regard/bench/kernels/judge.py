@@ -18,10 +18,9 @@ from torch import Tensor
 
 from regard.bench.kernels import family, sparse
 from regard.bench.kernels.case import PACKED, Case
-from regard.core.budgets import relative_error
+from regard.core.budgets import ROOM, allowed_of_half, relative_error
 from regard.core.state import FixedState
 
-ROOM = 1.5  # times what rounding the inputs does by itself
 ROWS = 16  # of a block of queries
 GRADIENT_ROWS = 8
 EARLY = (64, 128)  # queries that see few keys: where rounding does not average out
@@ -61,7 +60,7 @@ def outputs(case: Case, out: Tensor, device: str = "cpu") -> list[Verdict]:
         exact, rounded = (
             torch.cat([_reference_rows(case, given, blocks, h) for h in heads], 1) for given in wide
         )
-        verdicts.append(_verdict(quantity, actual, exact, rounded, case.torch_dtype, case.bound))
+        verdicts.append(_of_output(quantity, case, actual, exact, rounded, device))
     return verdicts
 
 
@@ -87,13 +86,17 @@ def gradients(case: Case, device: str = "cpu") -> list[Verdict]:
 
     exact, rounded = (expected(wide) for wide in _wide(case, device))
     return [
-        _verdict(f"d{name}", one, wide, near, case.torch_dtype, case.gradient_bound)
+        _of_gradient(name, case, one, wide, near)
         for name, one, wide, near in zip(names, found, exact, rounded, strict=True)
     ]
 
 
-def whole(case: Case, device: str = "cpu", *, learn: tuple[str, ...] = ()) -> list[Verdict]:
+def whole(
+    case: Case, device: str = "cpu", *, learn: tuple[str, ...] = (), backward: bool = True
+) -> list[Verdict]:
     """Output and all gradients of one short call; `learn` may name "ridge" and "log_decay".
+
+    Without `backward` the output alone: of a form that has no gradients of such a call.
 
     Against float64 autograd through the reference, or through the eager form in float64 where
     the reference would hold too much.
@@ -102,32 +105,29 @@ def whole(case: Case, device: str = "cpu", *, learn: tuple[str, ...] = ()) -> li
         case, section="", note="", impl="eager", options=_meaning(case), dtype="float32",
         bound=0.0, gradient_bound=0.0, targets=(), isa=None,
     )  # fmt: skip
-    out, found = _with_gradients(case, case.arguments(device), device, learn)
-    out, found = out.detach(), dict(found)
+    if backward:
+        out, found = _with_gradients(case, case.arguments(device), device, learn)
+    else:
+        with torch.no_grad():
+            out, found = case.run(_learnt(case, case.arguments(device), device, learn)), {}
     exact, expected = _exactly(plain, torch.float32, device, learn)
     near, rounded = _exactly(plain, case.torch_dtype, device, learn)
-    verdicts = [_verdict("output", out, exact, near, case.torch_dtype, case.bound)]
+    verdicts = [_of_output("output", case, out.detach(), exact, near, device)]
+    if not backward:
+        return verdicts
     wide = case.arguments(device, torch.float64)
     terms = float((wide["v"] * expected["v"]).norm())
     for name, gradient in found.items():
         usual = case.ridge if name == "ridge" else float(wide[name].square().mean().sqrt())
         least = terms / max(1.0, usual)
-        verdicts.append(
-            _verdict(
-                f"d{name}", gradient, expected[name], rounded[name], case.torch_dtype,
-                case.gradient_bound, least,
-            )
-        )  # fmt: skip
+        verdicts.append(_of_gradient(name, case, gradient, expected[name], rounded[name], least))
     return verdicts
 
 
 def _with_gradients(
     case: Case, given: dict[str, Any], device: str, learn: tuple[str, ...], impl: str | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    given = dict(given)
-    if "ridge" in learn:
-        wide = torch.promote_types(given["q"].dtype, torch.float32)
-        given["ridge"] = torch.full((case.heads,), case.ridge, dtype=wide, device=device)
+    given = _learnt(case, given, device, learn)
     names = [name for name in ("q", "r", "k", "v", *learn) if name in given]
     for name in names:
         given[name] = given[name].detach().requires_grad_()
@@ -139,7 +139,18 @@ def _with_gradients(
     return out, dict(zip(names, found, strict=True))
 
 
-@lru_cache(maxsize=256)
+def _learnt(
+    case: Case, given: dict[str, Any], device: str, learn: tuple[str, ...]
+) -> dict[str, Any]:
+    """The arguments with a ridge that can have a gradient, where one is asked for."""
+    given = dict(given)
+    if "ridge" in learn:
+        wide = torch.promote_types(given["q"].dtype, torch.float32)
+        given["ridge"] = torch.full((case.heads,), case.ridge, dtype=wide, device=device)
+    return given
+
+
+@lru_cache(maxsize=64)
 def _exactly(
     case: Case, dtype: torch.dtype, device: str, learn: tuple[str, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -166,20 +177,32 @@ def blocks_of(case: Case, rows: int) -> tuple[tuple[int, int], ...]:
     return (0, rows), (middle, middle + rows), (count - rows, count)
 
 
-def _verdict(
-    quantity: str, actual: Tensor, exact: Tensor, rounded: Tensor, dtype: torch.dtype,
-    bound: float, least: float = 0.0,
-) -> Verdict:  # fmt: skip
+def _of_output(
+    quantity: str, case: Case, actual: Tensor, exact: Tensor, rounded: Tensor, device: str
+) -> Verdict:
     """`exact` is of the unrounded inputs, `rounded` of what the kernel was given."""
-    size = float(exact.double().norm())
-    # A gradient may vanish by cancellation: what is left is judged by the size of its terms.
+    dtype, error = case.torch_dtype, relative_error(actual, exact)
+    if dtype.itemsize > 2:
+        return Verdict(quantity, error, case.bound)
+    rounding = relative_error(rounded, exact)
+    output = relative_error(exact.to(dtype), exact)
+    own = max(case.bound, case.card.budgets.get(case.dtype, (0.0, ""))[0])
+    return Verdict(quantity, error, allowed_of_half(dtype, rounding, output, device, own), rounding)
+
+
+def _of_gradient(
+    name: str, case: Case, actual: Tensor, exact: Tensor, rounded: Tensor, least: float = 0.0
+) -> Verdict:
+    """One whose size is below `least` vanished by cancellation: its terms' size is its measure."""
+    dtype, size = case.torch_dtype, float(exact.double().norm())
     shrink = 1.0 if size >= least else (size or 1.0) / least
     error = shrink * relative_error(actual, exact)
-    if dtype in (torch.float32, torch.float64):
-        return Verdict(quantity, error, bound)
+    if dtype.itemsize > 2:
+        return Verdict(f"d{name}", error, case.gradient_bound)
     rounding = shrink * relative_error(rounded, exact)
     output = relative_error(exact.to(dtype), exact)
-    return Verdict(quantity, error, max(ROOM * rounding + output, bound), rounding)
+    allowed = max(ROOM * rounding + output, case.gradient_bound)
+    return Verdict(f"d{name}", error, allowed, rounding)
 
 
 def _wide(case: Case, device: str) -> tuple[dict[str, Any], dict[str, Any]]:

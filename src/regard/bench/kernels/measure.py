@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import regard
 from regard.bench.kernels import flops, judge, others, sparse
-from regard.bench.kernels.case import Case
+from regard.bench.kernels.case import PACKED, Case
 from regard.bench.kernels.rows import Left, Row
 from regard.bench.measure import memory
 from regard.bench.measure.clock import MOVED, Sentinel, Stopwatch
@@ -23,6 +23,8 @@ from regard.bench.measure.interleaved import undisturbed
 
 Calls = dict[str, Callable[[], Any]]
 LONGEST = 2**15  # tokens: beyond, torch's attention takes minutes on one thread
+LONG_ROUND, FEW_ROUNDS = 0.15, 3  # seconds of all calls once, above which so many rounds do
+PATIENCE = 0.3  # seconds of plain calls
 FLUSHED = 2**28  # bytes: more than any cache of a GPU
 _KERNELS = {
     "cpu": {"SDPA": None},
@@ -62,21 +64,25 @@ class Bench:
         return self._guarded(case, lambda: self._row(case))
 
     def check(self, case: Case, learn: tuple[str, ...]) -> Row | Left:
-        """A short call compared whole, with its gradients; nothing is timed."""
+        """A short call compared whole, with its gradients where the form has them; not timed."""
 
         def judged() -> Row | Left:
-            form = self._form(case, gradients=True)
+            form, backward = self._form(case, gradients=True), True
+            if isinstance(form, Left):
+                form, backward = self._form(case, gradients=False), False
             if isinstance(form, Left):
                 return form
-            row = Row(case, form, judge.whole(case, self.device, learn=learn))
+            found = judge.whole(case, self.device, learn=learn, backward=backward)
+            row = Row(case, form, found)
             errors = {verdict.quantity: verdict.error for verdict in row.verdicts}
             row.numbers["output"] = errors["output"]
-            row.numbers["gradients"] = max(errors[n] for n in ("dq", "dk", "dv"))
-            row.numbers["gradients/bound"] = max(
-                v.error / max(case.gradient_bound, v.rounding)
-                for v in row.verdicts
-                if v.quantity != "output"
-            )
+            if backward:
+                row.numbers["gradients"] = max(errors[n] for n in ("dq", "dk", "dv"))
+                row.numbers["gradients/bound"] = max(
+                    v.error / max(case.gradient_bound, v.rounding)
+                    for v in row.verdicts
+                    if v.quantity != "output"
+                )
             rounding = [v.error / v.rounding for v in row.verdicts if v.rounding]
             if rounding:
                 row.numbers["error/rounding"] = rounding[0]
@@ -158,12 +164,13 @@ class Bench:
 
     def _time(self, case: Case, given: dict[str, Any], row: Row, iterations: Tensor | None) -> None:
         calls = self._contestants(case, given)
-        for call in calls.values():
-            call()
+        once = sum(self.watch.once(call)[0] for call in calls.values())
+        few = self.kind == "cuda" and once > LONG_ROUND
         peaks = [self.peak(case.isa)] if self.peak is not None else []
         found, change = undisturbed(
             calls, self.watch, self.sentinel,
-            rounds=self.rounds, before=self._flush, attempts=self.attempts,
+            rounds=min(self.rounds, FEW_ROUNDS) if few else self.rounds,
+            before=self._flush, attempts=self.attempts,
         )  # fmt: skip
         row.seconds = {name: timing.seconds for name, timing in found.items()}
         row.runs = min(timing.runs for timing in found.values())
@@ -173,10 +180,12 @@ class Bench:
         if self.kind == "cuda":
             ours = [name for name in ("forward", "backward", "both") if name in calls]
             row.calls = {
-                name: self.watch.sample(calls[name], patience=1.0).seconds for name in ours
+                name: self.watch.sample(calls[name], patience=PATIENCE).seconds for name in ours
             }
         if case.fixed_state or case.mechanism in sparse.MECHANISMS:
             row.numbers |= plain_numbers(row, names)
+        if "plan" in row.seconds:
+            row.numbers |= of_plan(row.seconds, names)
         if "base forward" in row.seconds and case.against is not None:
             ratio = row.seconds["forward"] / row.seconds["base forward"]
             row.numbers["forward/base"] = ratio
@@ -194,16 +203,19 @@ class Bench:
 
     def _contestants(self, case: Case, given: dict[str, Any]) -> Calls:
         """What is timed, by name: ours, torch's kernels, another case of ours."""
-        alone = not case.fixed_state  # whether a backward is timed by itself
+        # Whether a backward is timed by itself.
+        alone = not case.fixed_state and case.mechanism not in sparse.MECHANISMS
         gradients = case.work == "gradients"
         calls: Calls = passes("", lambda a: case.run(a), given, gradients, only_both=not alone)
         if case.fixed_state and case.work == "decode":
             return {**calls, **_decoding(case, given)}
-        plain = {name: given[name] for name in "qkv"}
+        calls |= sparse.policies(case, given) if case.mechanism in sparse.MECHANISMS else {}
+        plain = _without_operands(case, given)
         causal = case.causal and case.rows > 1
         same = case.rows == case.length or not causal
         for name, kernel in _KERNELS[self.kind].items():
-            if not same or case.extra or (self.kind == "cpu" and case.length > LONGEST):
+            slow = self.kind == "cpu" and (bool(case.extra) or case.length > LONGEST)
+            if not same or slow:
                 continue
             sdpa = _sdpa(kernel, causal, case.kv_heads not in (None, case.heads))
             try:
@@ -300,6 +312,29 @@ def plain_numbers(row: Row, names: list[str]) -> dict[str, float]:
             if ratio:
                 found[f"{name}/{work}"] = 1.0 / ratio
     return found
+
+
+def of_plan(seconds: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """A plan by itself, and with the attention, over torch's kernels.
+
+    >>> of_plan({"plan": 0.5, "planned": 2.0, "flash forward": 4.0}, ["flash"])
+    {'plan ms': 500.0, 'with plan ms': 2000.0, 'with plan/flash': 0.5}
+    """
+    whole = seconds.get("planned", seconds.get("forward", 0.0))  # a call that makes its own plan
+    found = {"plan ms": 1e3 * seconds["plan"], "with plan ms": 1e3 * whole}
+    for name in names:
+        if f"{name} forward" in seconds:
+            found[f"with plan/{name}"] = whole / seconds[f"{name} forward"]
+    return found
+
+
+def _without_operands(case: Case, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """q, k and v for torch's kernels: packed sequences in a batch, no mask, no decay."""
+    plain = {name: given[name] for name in "qkv"}
+    if "packed" not in case.extra:
+        return plain
+    apart = {name: x.unflatten(2, (PACKED, -1))[0].transpose(0, 1) for name, x in plain.items()}
+    return {name: x.contiguous() for name, x in apart.items()}
 
 
 def _decoding(case: Case, given: dict[str, Any]) -> Calls:

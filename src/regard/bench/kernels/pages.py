@@ -43,6 +43,7 @@ TITLES = {
     "chosen blocks, gradients": "Block-sparse attention, forward and backward",
     "chosen blocks, lower sets": "Block-sparse attention, lower instruction sets",
     "windows": "Windows",
+    "policies": "Block-sparse attention with the choice of blocks",
 }
 
 # Numbers that are shown where some row has a target for them.
@@ -50,7 +51,10 @@ EXTRA = (
     "backward/forward", "forward/base", "pair/base", "memory/inputs", "memory of both/q",
     "SDPA/forward", "SDPA/both",
     "flash/forward", "transformers/forward", "forward/fla", "forward/read", "us", "us with grad",
+    "published/forward", "forward/Flex", "first call",
 )  # fmt: skip
+# Numbers that are shown wherever a row has them.
+ALWAYS = ("both/Flex", "Flex compile s", "plan ms", "with plan ms", "with plan/flash")
 
 
 def yardsticks(result: Json) -> tuple[str, ...]:
@@ -114,9 +118,11 @@ def table(result: Json, section: str) -> str:
     heads[1:1] = ["form"] * forms
     heads += ["of a call, ms"] * waited
     extra = [name for name in EXTRA if any(_wanted(row, name) for row in rows)]
+    extra += [name for name in ALWAYS if any(name in row["numbers"] for row in rows)]
     shares = any("of peak" in row["numbers"] for row in rows)
     steps = any(row["iterations"] for row in rows)
-    heads += [*extra, "error", *["iterations"] * steps, *["of peak"] * shares, "target"]
+    heads += [*extra, "error", *["iterations"] * steps, *["of peak"] * shares]
+    heads.append("measured, asked")
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in rows:
         numbers = row["numbers"]
@@ -130,17 +136,38 @@ def table(result: Json, section: str) -> str:
         if shares:
             share = numbers.get("of peak")
             cells.append("-" if share is None else f"{100 * share:.0f} %")
-        words = [
-            f"{'' if t['met'] else '**missed:** '}{t['quantity']} {_bound(t)}"
-            for t in row["targets"]
-            if t["level"] == "must"
-        ]
+        words = [_asked(target) for target in row["targets"]]
         if row["keys"] == "sharp" and row["residual"] is not None:
             words.append(f"residual at most {row['residual']:.0e}")
         if row["noisy"]:
             words.append("the machine was not quiet")
         lines.append("| " + " | ".join([*cells, "; ".join(words)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _asked(target: Json) -> str:
+    """A target in words: what, what came out, what was asked, whether it is met."""
+    words = f"{target['quantity']} {number(target['value'])}, {_bound(target)}"
+    if target["level"] == "stretch":
+        return f"{words} (stretch): {'met' if target['met'] else 'not met'}"
+    return f"{words}: {'met' if target['met'] else '**missed**'}"
+
+
+def _title(section: str) -> str:
+    return TITLES.get(section, section)
+
+
+def left_out(result: Json) -> str:
+    """What was not measured: how many rows of which section, and why; "" if nothing."""
+    found: dict[tuple[str, str], int] = {}
+    for row in result["left_out"]:
+        if row["section"] != "threads":  # named with the table of those
+            key = (_title(row["section"]), row["reason"])
+            found[key] = found.get(key, 0) + 1
+    if not found:
+        return ""
+    lines = [f"- {name}: {count}; {why}" for (name, why), count in found.items()]
+    return "### Not measured\n\n" + "\n".join(lines) + "\n"
 
 
 def threads(result: Json) -> str:
@@ -161,9 +188,10 @@ def threads(result: Json) -> str:
 def sections(result: Json) -> str:
     """Every section that has rows, with its title."""
     names = dict.fromkeys(row["section"] for row in result["rows"])
-    parts = [f"### {TITLES.get(name, name)}\n\n{table(result, name)}" for name in names]
+    parts = [f"### {_title(name)}\n\n{table(result, name)}" for name in names]
     if result["threaded"] or any(row["section"] == "threads" for row in result["left_out"]):
         parts.append(f"### Two threads\n\n{threads(result)}")
+    parts += [text for text in [left_out(result)] if text]
     return "\n".join(parts)
 
 

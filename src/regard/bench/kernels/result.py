@@ -196,9 +196,9 @@ def as_text(result: Result, yardsticks: Sequence[str]) -> str:
     left: dict[tuple[str, str], int] = {}
     for row in (*result.checks, *result.rows):
         if isinstance(row, Left) and not row.failed:
-            key = (row.case.impl, row.reason)
+            key = (f"{row.case.section}, {row.case.impl}", row.reason)
             left[key] = left.get(key, 0) + 1
-    lines += [f"left out: {impl}, {count} rows: {why}" for (impl, why), count in left.items()]
+    lines += [f"left out: {what}, {count} rows: {why}" for (what, why), count in left.items()]
     lines += [f"WRONG: {words}" for words in result.wrong]
     return "\n".join([*lines, "", *summary(result)])
 

@@ -1,22 +1,28 @@
 """Attention to chosen blocks and within windows in the kernel benchmarks: plans, work, targets.
 
 The plan of a row is random: every block of queries has the same number of blocks of keys, drawn
-by itself. Rows are judged against the eager form in float64, query by query.
+by itself. Where a policy makes it, that is timed too, by itself and with the attention. Rows are
+judged against the eager form in float64, query by query.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from regard.ops.block_sparse import BlockPlan
+from regard.ops.selected import block_topk
+from regard.sparse import attend, sparsify
+
 if TYPE_CHECKING:
     from regard.bench.kernels.case import Case
 
-MECHANISMS = ("block_sparse", "window")
+MECHANISMS = ("block_sparse", "window", "selected")
 BLOCK, SMALL_BLOCK = 128, 64
 
 
@@ -24,17 +30,55 @@ def operands(case: Case, device: str) -> dict[str, Tensor]:
     """The plan of a case: levels 0 and 1, `case.density` of the blocks that can be seen."""
     if case.mechanism != "block_sparse":
         return {}
+    if case.policy is not None:
+        q, k, _ = case.drawn(device)
+        return {"levels": plan_of(case, q.to(case.torch_dtype), k.to(case.torch_dtype)).levels}
     nq, nk = (-(-n // case.options[name]) for n, name in _sides(case))
-    made = torch.Generator().manual_seed(23)
-    scores = torch.rand(1, case.heads, nq, nk, generator=made)
-    most = torch.full((nq, 1), float(nk))
-    if case.causal:
-        most = torch.arange(nk - nq + 1, nk + 1).view(nq, 1)
-        scores = scores.masked_fill(torch.arange(nk) >= most, 2.0)
-        scores = scores.masked_fill(torch.arange(nk) == most - 1, -1.0)  # its own
-    wanted = (most * (case.density or 1.0)).ceil().clamp(min=1)
-    levels = (scores.argsort(-1).argsort(-1) < wanted).to(torch.int8)
-    return {"levels": levels.to(device)}
+    return {"levels": _levels(case.heads, nq, nk, case.density or 1.0, case.causal, device)}
+
+
+@lru_cache(maxsize=2)
+def _levels(heads: int, nq: int, nk: int, density: float, causal: bool, device: str) -> Tensor:
+    made = torch.Generator(device).manual_seed(23)
+    scores = torch.rand(1, heads, nq, nk, generator=made, device=device)
+    most = torch.full((nq, 1), float(nk), device=device)
+    if causal:
+        most = torch.arange(nk - nq + 1, nk + 1, device=device).view(nq, 1)
+        columns = torch.arange(nk, device=device)
+        scores = scores.masked_fill(columns >= most, 2.0)
+        scores = scores.masked_fill(columns == most - 1, -1.0)  # its own
+    wanted = (most * density).ceil().clamp(min=1)
+    return (scores.argsort(-1).argsort(-1) < wanted).to(torch.int8)
+
+
+def forget() -> None:
+    """Lets go of the plans that were drawn last."""
+    _levels.cache_clear()
+
+
+def plan_of(case: Case, q: Tensor, k: Tensor) -> BlockPlan:
+    """What the policy of a case makes of q and k."""
+    made = torch.Generator(q.device).manual_seed(29)
+    return sparsify(
+        q, k, density=case.density or 1.0, policy=case.policy or "", block=case.options["block_q"],
+        causal=case.causal, generator=made,
+    )  # fmt: skip
+
+
+def policies(case: Case, given: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Making a plan, and making it and attending by it; empty where the plan is given."""
+    q, k, v = (given[name] for name in "qkv")
+    if case.mechanism == "selected":
+        options = dict(case.options)
+        return {"plan": lambda: block_topk(q, k, **options)}
+    if case.policy is None:
+        return {}
+
+    def planned() -> Tensor:
+        plan = plan_of(case, q, k)
+        return attend(plan, q, k, v, causal=case.causal, impl=case.impl)
+
+    return {"plan": lambda: plan_of(case, q, k), "planned": planned}
 
 
 def _sides(case: Case) -> tuple[tuple[int, str], ...]:
@@ -45,6 +89,9 @@ def work(case: Case) -> float:
     """Multiplications and additions of a forward: 4 D for every pair that is attended to."""
     if case.mechanism == "block_sparse":
         return 4.0 * case.dim * case.pairs * (case.density or 1.0)
+    if case.mechanism == "selected":  # early queries see fewer keys
+        pairs = case.heads * case.rows * case.options["block"] * case.options["count"]
+        return 4.0 * case.dim * min(case.pairs, pairs)
     width = case.options["window"][0] + 1
     seen = case.pairs / case.heads - (case.length - width) * (case.length - width + 1) / 2
     return 4.0 * case.dim * case.heads * seen
@@ -89,10 +136,11 @@ def flex(case: Case, given: Mapping[str, Any]) -> Callable[..., Tensor] | None:
     else:
         levels = given["levels"]
         count = levels.sum(-1, dtype=torch.int32)
-        order = levels.argsort(-1, descending=True, stable=True).int()
+        order = levels.argsort(dim=-1, descending=True, stable=True).int()
         nothing = torch.zeros_like(count)
         mask = BlockMask.from_kv_blocks(nothing, order, count, order, BLOCK_SIZE=BLOCK)
-    compiled = torch.compile(flex_attention)
+    torch._dynamo.reset()  # every row has a shape, or a mask, of its own
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
@@ -201,6 +249,20 @@ def on_gpu(plain: Case) -> Iterator[Case]:
 
 
 GRADIENT_16 = 5e-3
+
+
+# Of SSA: blocks of 64 keys, sixteen for every query.
+TOPK = {"block": 64, "count": 16}
+
+
+def policies_on_gpu(plain: Case) -> Iterator[Case]:
+    """Rows in which q and k decide: the plan, the attention, and both."""
+    base = _blocks(plain, 64, K16, BLOCK, 0.2)
+    for policy in ("pyramid", "binary"):
+        yield replace(base, section="policies", work="forward", policy=policy, targets=())
+    yield replace(
+        plain, section="policies", mechanism="selected", impl="auto", length=K16, options=TOPK
+    )
 
 
 def long_on_gpu(plain: Case) -> Iterator[Case]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from regard.core.budgets import budget, relative_error
+from regard.core.budgets import allowed_of_half, relative_error
 from regard.core.checks import name_of
 from regard.testing.law import law
 from regard.testing.subject import Subject
-
-ROOM = 1.5  # times what rounding the inputs does by itself
 
 
 def _half(s: Subject, dtype: torch.dtype) -> str:
@@ -21,12 +19,9 @@ def _half(s: Subject, dtype: torch.dtype) -> str:
         s.require(out.dtype == dtype, f"the output is {out.dtype}")
         rounded = call.to(dtype).to(torch.float64)
         inputs = relative_error(s.reference(rounded), exact)
-        allowed = ROOM * inputs + relative_error(exact.to(dtype), exact)
-        if name_of(dtype) in s.card.budgets:
-            allowed = max(allowed, s.card.budgets[name_of(dtype)][0])
-        if dtype == torch.float16 and s.device != "cpu":
-            # Tensor cores round weights and states as coarsely as these inputs were rounded.
-            allowed = max(allowed, budget(dtype))
+        own = s.card.budgets.get(name_of(dtype), (None, ""))[0]
+        output = relative_error(exact.to(dtype), exact)
+        allowed = allowed_of_half(dtype, inputs, output, s.device, own)
         error = relative_error(out, exact)
         if not error <= allowed:
             s.broken(
