@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["add_rows", "sums_by"]
+__all__ = ["add_rows", "rows_by", "sums_by"]
 
 
 def add_rows(into: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
@@ -24,6 +24,16 @@ def add_rows(into: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> N
         into.index_add_(0, numbers, rows)
     else:
         into.index_put_((numbers,), rows, accumulate=True)
+
+
+def rows_by(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Rows `numbers` [n] of x, whose gradients are summed as `add_rows` sums where they repeat.
+
+    >>> rows_by(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0, 1])).flatten()
+    tensor([2., 1., 2.])
+    """
+    # Torch differentiates the one by `index_add_`, the other by `index_put_`.
+    return x.index_select(0, numbers) if x.device.type == "cpu" else x[numbers]
 
 
 def sums_by(values: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:

@@ -152,13 +152,19 @@ def _vertical_slash(q: Tensor, k: Tensor, grid: _Grid, vertical: float) -> Tenso
     length = k.shape[2]
     budget = min(length, grid.count * grid.block_k)
     columns = int(budget * vertical)
-    place = torch.arange(length, device=q.device)
-    distance = place[-grid.block_q :, None] - place
-    scores = (q[:, :, -grid.block_q :] @ k.mT) * q.shape[3] ** -0.5
-    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(3)
-    best = weights.sum(2).topk(columns, 2)
+    rows = grid.block_q
+    # Behind rows - 1 keys that are not there, a row that is read from one place further on has
+    # equal distances in a column.
+    scores = (q[:, :, -rows:] * q.shape[3] ** -0.5) @ pad(k, (0, 0, rows - 1, 0)).mT
+    scores[..., : rows - 1] = -torch.inf
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., -rows:].masked_fill_(future, -torch.inf)
+    weights = scores.softmax(3)
+    best = weights[..., rows - 1 :].sum(2).topk(columns, 2)
     ahead = sums_by(best.values, best.indices // grid.block_k, grid.nk + 1)[:, :, None]
-    diagonals = sums_by(weights.flatten(2), distance.clamp(min=0).flatten(), length)
+    shape, strides = (*q.shape[:2], rows, length), weights.stride()
+    strides = (*strides[:2], strides[2] + 1, 1)
+    diagonals = weights.as_strided(shape, strides).sum(2).flip(2)
     best = diagonals.topk(budget - columns, 2)
     # A distance votes for the blocks from that of the row's first token to that of its last:
     # up by its weight where they begin, down behind their end, and then a running sum.

@@ -81,7 +81,7 @@ def chunk_scores(
     if per_head:
         keys = keys.repeat_interleave(sizes.group, 1)
     else:
-        queries, keys = (x.mean(1, keepdim=True) for x in (queries, keys))
+        queries, keys = (x if x.shape[1] == 1 else x.mean(1, keepdim=True) for x in (queries, keys))
     n = queries.shape[2]
     blocks = -(-n // block)
     real = torch.full((blocks, 1), float(block), dtype=dtype, device=q.device)
@@ -94,8 +94,12 @@ def chunk_scores(
     else:
         rows = pad(queries, (0, 0, 0, missing)).unflatten(2, (blocks, block)).mean(3)
         rows = rows * real.sqrt() if normalise else rows
-    ends = boundaries.long()[:, None, :, None].expand(len(q), keys.shape[1], -1, keys.shape[3])
-    sums = pad(keys.double().cumsum(2), (0, 0, 1, 0)).gather(2, ends).diff(dim=2)
+    if not sizes.S:
+        keys = pad(keys, (0, 0, 0, 1))
+    ends = boundaries.long()[:, None, None].expand(*keys.shape[:2], keys.shape[3], -1)
+    # Along rows of memory: six times as fast as down its columns.
+    upto = keys.mT.to(torch.float64, memory_format=torch.contiguous_format).cumsum(3)
+    sums = upto.gather(3, (ends - 1).clamp(min=0)).masked_fill_(ends == 0, 0.0).diff(dim=3).mT
     lengths = boundaries.long().diff(dim=1)[:, None, :, None]
     weights = lengths.clamp(min=1).double()
     means = sums / (weights.sqrt() if normalise else weights)

@@ -8,13 +8,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.core.precision import compute_dtype
+from regard.ops.local_linear import gemm
 
-_SCORES = 1 << 21  # numbers held at a time
+_SCORES = 1 << 21  # numbers held at a time: what a cache holds, and
+_SCORES_GPU = 1 << 25  # what keeps a GPU busy
 _ROWS = 64  # sampled sequences are filled up to a multiple of this by the released code
 
 
@@ -44,22 +48,17 @@ def sampled_importance(
     per_q, per_k = offsets_q.shape[-1], offsets_k.shape[-1]
     if seen is None:
         queries, keys = _filled(queries, per_q), _filled(keys, per_k)
-    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
-    B, H, rows, _ = queries.shape
-    found = queries.new_empty(B, H, rows // per_q, keys.shape[3] // per_k)
-    step = max(1, _SCORES // (keys.shape[3] * per_q)) * per_q
-    for b in range(B):
-        for h in range(H):
-            for start in range(0, rows, step):
-                scores = queries[b, h, start : start + step] @ keys[b, h]
-                best = scores.unflatten(1, (-1, per_k)).amax(2)
-                if seen is not None:
-                    own = seen[start // per_q : (start + best.shape[0]) // per_q]
-                    best.masked_fill_(~own.repeat_interleave(per_q, 0), -torch.inf)
-                top = best.amax(1, keepdim=True)
-                best = (best - torch.where(top == -torch.inf, 0.0, top)).exp_()
-                blocks = best.unflatten(0, (-1, per_q)).amax(1)
-                found[b, h, start // per_q : start // per_q + blocks.shape[0]] = blocks
+    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1) * scale
+    found = queries.new_empty(*q.shape[:2], queries.shape[2] // per_q, keys.shape[2] // per_k)
+    for heads, rows in _pieces(queries, keys.shape[2], per_q):
+        scores = _products(queries.flatten(0, 1)[heads, rows], keys.flatten(0, 1)[heads])
+        best = scores.unflatten(2, (-1, per_k)).amax(3)
+        own = slice(rows.start // per_q, rows.stop // per_q)
+        if seen is not None:
+            best.masked_fill_(~seen[own].repeat_interleave(per_q, 0), -torch.inf)
+        top = best.amax(2, keepdim=True)
+        best = (best - torch.where(top == -torch.inf, 0.0, top)).exp_()
+        found.flatten(0, 1)[heads, own] = best.unflatten(1, (-1, per_q)).amax(2)
     total = found.sum(3, keepdim=True)
     return (found / torch.where(total == 0, 1.0, total))[:, :, :nq, :nk]
 
@@ -95,25 +94,21 @@ def antidiagonal_importance(
     )
     queries = queries.unflatten(2, (-1, stride)).flip(3).flatten(3)[:, :, :rows]
     keys = keys.unflatten(2, (-1, stride)).flatten(3)[:, :, :columns]
-    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * (scale / stride)
+    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1) * (scale / stride)
     found = queries.new_zeros(*q.shape[:2], nq, nk)
     per_q, per_k = block_q // stride, block_k // stride
     group = torch.arange(columns, device=q.device)
-    step = max(1, _SCORES // max(1, columns * per_q)) * per_q
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for start in range(0, rows, step):
-                scores = queries[b, h, start : start + step] @ keys[b, h]
-                if causal:
-                    own = start + torch.arange(scores.shape[0], device=q.device)
-                    own = own + (S - T) // stride
-                    scores.masked_fill_(group > own[:, None], -torch.inf)
-                weights = torch.softmax(scores, 1).nan_to_num_(0.0)
-                weights = torch.nn.functional.pad(
-                    weights, (0, nk * per_k - columns, 0, -weights.shape[0] % per_q)
-                )
-                cells = weights.unflatten(1, (nk, per_k)).sum(2).unflatten(0, (-1, per_q)).sum(1)
-                found[b, h, start // per_q : start // per_q + cells.shape[0]] = cells
+    for heads, part in _pieces(queries, columns, per_q):
+        scores = _products(queries.flatten(0, 1)[heads, part], keys.flatten(0, 1)[heads])
+        if causal:
+            own = part.start + torch.arange(scores.shape[1], device=q.device)
+            own = own + (S - T) // stride
+            scores.masked_fill_(group > own[:, None], -torch.inf)
+        weights = torch.softmax(scores, 2).nan_to_num_(0.0)
+        weights = pad(weights, (0, nk * per_k - columns, 0, -weights.shape[1] % per_q))
+        cells = weights.unflatten(2, (nk, per_k)).sum(3).unflatten(1, (-1, per_q)).sum(2)
+        own = slice(part.start // per_q, part.start // per_q + cells.shape[1])
+        found.flatten(0, 1)[heads, own] = cells
     return found
 
 
@@ -136,6 +131,25 @@ def _means(x: Tensor, block: int) -> Tensor:
     start = torch.arange(blocks, device=x.device) * block
     counts = (length - start).clamp(max=block)
     return padded.unflatten(2, (blocks, block)).sum(3) / counts[:, None]
+
+
+def _pieces(queries: Tensor, columns: int, per_block: int) -> Iterator[tuple[slice, slice]]:
+    """Heads, of all batch rows, and rows, in whole blocks, whose scores are held at a time."""
+    heads, rows = queries.shape[0] * queries.shape[1], queries.shape[2]
+    most = (_SCORES if queries.device.type == "cpu" else _SCORES_GPU) // max(1, columns)
+    step = max(1, most // per_block) * per_block
+    together = max(1, most // max(1, rows))
+    for first in range(0, heads, together):
+        for start in range(0, rows, step):
+            yield slice(first, min(first + together, heads)), slice(start, min(start + step, rows))
+
+
+def _products(rows: Tensor, keys: Tensor) -> Tensor:
+    """rows keys^T of some heads; no gradient passes through an estimate."""
+    alone = len(rows) == 1 and not torch.is_grad_enabled()
+    if alone and gemm.serves(rows, rows.dtype, rows.shape[1], keys.shape[1]):
+        return gemm.times(rows[0], keys[0])[None]
+    return rows @ keys.mT
 
 
 def _sampled(x: Tensor, offsets: Tensor, block: int) -> Tensor:

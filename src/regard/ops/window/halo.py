@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from regard.core.accumulate import rows_by
 from regard.core.checks import (
     FLOATS,
     check_choice,
@@ -129,7 +130,7 @@ def _placed(table: Tensor, side: int, window: int, step: int) -> Tensor:
     """[queries, places of the window, D]: the row of the table for each pair."""
     query, place = torch.arange(side, device=table.device), torch.arange(window)
     index = place.to(table.device) - step * query[:, None] + window - 1
-    return table.index_select(0, index.flatten()).view(side, window, -1)
+    return rows_by(table, index.flatten()).view(side, window, -1)
 
 
 def _check(op: str, q: Any, k: Any, v: Any, rel_h: Any, rel_w: Any, stride: int, rows: int) -> None:
