@@ -302,7 +302,7 @@ def backward(
     call.pool(coarse)
     rows = call.B * call.H * call.T
     of_grad: dict[str, Any] = {
-        "delta": call.new(rows), "shift": call.new(rows), "grad": grad,
+        "sums": call.new(rows, 2), "grad": grad,
         "gb": grad.stride(0), "gh": grad.stride(1), "gt": grad.stride(2),
     }  # fmt: skip
     how = call.config("queries")

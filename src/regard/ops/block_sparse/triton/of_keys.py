@@ -30,6 +30,37 @@ from regard.ops.block_sparse.triton.tile import (
 
 
 @triton.jit
+def _pairs(both, M: tl.constexpr):
+    """The two columns of [M, 4] whose last two repeat the first."""
+    once, _ = tl.split(tl.permute(tl.reshape(both, [M, 2, 2]), 0, 2, 1))
+    return tl.split(once)
+
+
+@triton.jit
+def _rows_from(sums, first, M: tl.constexpr):
+    """Log-sum-exp in bits and delta of M queries from `first` on.
+
+    Asked for twice, to be as many numbers as threads: of fewer, the compiler has each thread load
+    one by one what its part of a product needs, 32 loads instead of one.
+    """
+    places = tl.arange(0, M)[:, None] * 2 + tl.arange(0, 4)[None, :] % 2
+    return _pairs(tl.load(sums + first * 2 + places), M)
+
+
+@triton.jit
+def _rows_at(sums, query, there, M: tl.constexpr, HALF: tl.constexpr):
+    """The same of any M queries; inf, for no weight, where they are not there."""
+    if HALF:
+        places = query[:, None] * 2 + tl.arange(0, 4)[None, :] % 2
+        shift, delta = _pairs(tl.load(sums + places, mask=there[:, None], other=0.0), M)
+        shift = tl.where(there, shift, float("inf"))
+    else:  # there are no registers left
+        shift = tl.load(sums + query * 2, mask=there, other=float("inf"))
+        delta = tl.load(sums + query * 2 + 1, mask=there, other=0.0)
+    return shift, delta
+
+
+@triton.jit
 def _queries_of(
     n, entries, count, first, gap, of_gap, T,
     MEMBERS: tl.constexpr, BLOCK_Q: tl.constexpr, M: tl.constexpr, RANGES: tl.constexpr,
@@ -70,11 +101,15 @@ def _clear_queries(
 @triton.jit
 def _add(
     dk, dv, column, keys, values, x, g, factor, own, added, shift, delta, seen,
-    MASKED: tl.constexpr, COLUMN: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, COLUMN: tl.constexpr, PLAIN: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of queries: `own` is their scale, a number or a row."""
     s = tl.dot(keys, tl.trans(x), input_precision=PRECISION)
-    p = tl.exp2((s * factor - shift[None, :]) + added)
+    if PLAIN:
+        p = tl.exp2(s * factor - shift[None, :])
+    else:
+        p = tl.exp2((s * factor - shift[None, :]) + added)
     if MASKED:
         p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
@@ -84,7 +119,9 @@ def _add(
         ds = tl.where(seen, ds, 0.0)
     if COLUMN:
         column += tl.sum(ds, 1)
-    dk = tl.dot((ds * own).to(x.dtype), x, dk, input_precision=PRECISION)
+    if SCALED:
+        ds = ds * own
+    dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)
     return dk, dv, column
 
 
@@ -156,7 +193,7 @@ def _handed(
 @triton.jit
 def _of_level(
     program, q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
-    grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
+    grad, sums, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, tiles, blocks,
     H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
@@ -225,6 +262,9 @@ def _of_level(
     dv = tl.zeros([N, EP], tl.float32)
     column = tl.zeros([N], tl.float32)
     WHOLE: tl.constexpr = BLOCK_Q % M == 0
+    PLAIN: tl.constexpr = not HAS_BIAS and LEVEL == 1
+    HALF: tl.constexpr = keys.dtype.primitive_bitwidth == 16
+    SCALED: tl.constexpr = HAS_SCALES or not HALF  # tile by tile; else at the end
     worked = 0
     for member_of_plans in tl.range(0, PLANS):
         h0 = kv * (H // HK) + member_of_plans
@@ -271,8 +311,7 @@ def _of_level(
                 x = tile_at(q + h * qh, start, qt, M, D, DP)
                 g = tile_at(grad + h * gh, start, gt, M, E, EP)
                 at_row = (b * H + h).to(tl.int64) * T + start
-                shift_row = tl.load(shift + at_row + tl.arange(0, M))
-                delta_row = tl.load(delta + at_row + tl.arange(0, M))
+                shift_row, delta_row = _rows_from(sums, at_row, M)
                 own = scale
                 if HAS_SCALES:
                     own = tl.load(scales + b * sb + h * sh)
@@ -287,14 +326,13 @@ def _of_level(
                 x = rows_at(q, h.to(tl.int64) * qh + query.to(tl.int64) * qt, there, D, DP)
                 g = rows_at(grad, h.to(tl.int64) * gh + query.to(tl.int64) * gt, there, E, EP)
                 at_row = (b * H + h).to(tl.int64) * T + query
-                shift_row = tl.load(shift + at_row, mask=there, other=float("inf"))
-                delta_row = tl.load(delta + at_row, mask=there, other=0.0)
+                shift_row, delta_row = _rows_at(sums, at_row, there, M, HALF)
                 own = scale
                 if HAS_SCALES:
                     own = tl.load(scales + b * sb + h * sh)[None, :]
             dk, dv, column = _add(
                 dk, dv, column, keys, values, x, g, own * LOG2E, own, added, shift_row, delta_row,
-                known[:, None], False, OF_BIAS, PRECISION,
+                known[:, None], False, OF_BIAS, PLAIN, SCALED, PRECISION,
             )  # fmt: skip
         for n in tl.range(0, tl.cdiv(stop * (MEMBERS * BLOCK_Q), M)):
             member, query, there = _queries_of(
@@ -304,8 +342,7 @@ def _of_level(
             x = rows_at(q, h.to(tl.int64) * qh + query.to(tl.int64) * qt, there, D, DP)
             g = rows_at(grad, h.to(tl.int64) * gh + query.to(tl.int64) * gt, there, E, EP)
             at_row = (b * H + h).to(tl.int64) * T + query
-            shift_row = tl.load(shift + at_row, mask=there, other=float("inf"))
-            delta_row = tl.load(delta + at_row, mask=there, other=0.0)
+            shift_row, delta_row = _rows_at(sums, at_row, there, M, HALF)
             own = scale
             if HAS_SCALES:
                 own = tl.load(scales + b * sb + h * sh)[None, :]
@@ -315,8 +352,10 @@ def _of_level(
             )  # fmt: skip
             dk, dv, column = _add(
                 dk, dv, column, keys, values, x, g, own * LOG2E, own, added, shift_row, delta_row,
-                seen, True, OF_BIAS, PRECISION,
+                seen, True, OF_BIAS, PLAIN, SCALED, PRECISION,
             )  # fmt: skip
+    if not SCALED:
+        dk *= scale
     if LEVEL == 1:
         if POOLED:
             of_plan = (plan_head(b, kv * (H // HK), kv, SHARE, PH, H, HK) * blocks + block) * 8
@@ -341,7 +380,7 @@ def _of_level(
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "blocks"])
 def keys_kernel(
     q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets, scales,
-    grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
+    grad, sums, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, tiles, blocks,
     H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
@@ -359,7 +398,7 @@ def keys_kernel(
     """
     _of_level(
         tl.program_id(0), q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, offsets,
-        scales, grad, delta, shift, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
+        scales, grad, sums, grad_k, grad_v, grad_bias, coarse_dk, coarse_dv, coarse_db,
         qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
         T, S, left, right, width, tiles, blocks, H, HK, SHARE, PH, BIAS_HEADS, MEMBERS,
         BLOCK_Q, BLOCK_K, 1, D, DP, E, EP, M, N, RANGES, POOLED, RUNS, HAS_BIAS, OF_BIAS,
@@ -370,7 +409,7 @@ def keys_kernel(
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "pairs", "blocks"])
 def coarse_keys_kernel(
     q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, scales,
-    grad, delta, shift, coarse_dk, coarse_dv, coarse_db,
+    grad, sums, coarse_dk, coarse_dv, coarse_db,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, pairs, blocks,
     H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
@@ -389,7 +428,7 @@ def coarse_keys_kernel(
             if (program >= 0) & (program < pairs * tiles):
                 _of_level(
                     program, q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, None,
-                    scales, grad, delta, shift, None, None, None, coarse_dk, coarse_dv, coarse_db,
+                    scales, grad, sums, None, None, None, coarse_dk, coarse_dv, coarse_db,
                     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
                     T, S, left, right, width, tiles, blocks, H, HK, SHARE, PH, BIAS_HEADS,
                     MEMBERS, BLOCK_Q, BLOCK_K, 1 << power, D, DP, E, EP, M, WIDE[power - 1],

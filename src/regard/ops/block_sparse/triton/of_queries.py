@@ -59,7 +59,7 @@ def _slopes(
 @triton.jit(do_not_specialize=["T", "S", "left", "right", "width", "tiles", "queries"])
 def queries_kernel(
     q, k, v, bias, coarse_k, coarse_v, weights, entries, ends, scales,
-    grad, out, lse, delta, shift, grad_q,
+    grad, out, lse, sums, grad_q,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sb, sh, scale,
     T, S, left, right, width, tiles, queries,
     H: tl.constexpr, HK: tl.constexpr, SHARE: tl.constexpr, PH: tl.constexpr,
@@ -92,8 +92,8 @@ def queries_kernel(
         rows_at(grad + b.to(tl.int64) * gb, places, there, E, EP),
         rows_at(out, row * E, there, E, EP), tl.load(lse + row, mask=there, other=0.0),
     )  # fmt: skip
-    tl.store(delta + row, delta_row, mask=there)
-    tl.store(shift + row, shift_row, mask=there)
+    tl.store(sums + row * 2, shift_row, mask=there)
+    tl.store(sums + row * 2 + 1, delta_row, mask=there)
     own = scale
     if HAS_SCALES:
         own = tl.load(scales + b * sb + h0 * sh)

@@ -29,16 +29,20 @@ _HALF = {
 _HOPPER = {
     ("forward", 64): Config(128, 64, 4, 3),
     ("forward", 128): Config(128, 128, 8, 3),
+    ("queries", 128): Config(128, 64, 8, 3),
+    ("keys", 128): Config(32, 64, 4, 3),
 }
 # Where no more than 64 rows share a list.
 _FEW_ROWS = {
     ("forward", 64): Config(64, 64, 4, 3, 168),
     ("forward", 128): Config(64, 64, 4, 3),
+    ("queries", 128): Config(64, 64, 4, 2),
 }
 # Without a plan: a tile wider than what a window cuts off is work for nothing.
 _RANGES = {
     ("forward", 64): Config(64, 64, 4, 3),
     ("forward", 128): Config(64, 64, 4, 3),
+    ("queries", 128): Config(64, 64, 4, 2),
 }
 _SINGLE = {
     ("forward", 64): Config(64, 32, 4, 2),
@@ -72,9 +76,9 @@ def config(
     key = kernel, max(width, 64)
     if not half:
         return _SINGLE[key]
-    large = _HOPPER if hopper else _HALF
-    special = _RANGES if rows is None else _FEW_ROWS if rows <= 64 else large
-    return special.get(key, _HALF[key])
+    large = _HALF | _HOPPER if hopper else _HALF
+    special = _RANGES if rows is None else _FEW_ROWS if rows <= 64 else {}
+    return special.get(key, large[key])
 
 
 def pooled_tokens(width: int) -> int:
