@@ -73,6 +73,8 @@ def test_wrong_arguments_raise_as_in_the_call() -> None:
         regard.explain(regard.ops.softmax_attention, *qkv(), impl="eagre")
     with pytest.raises(TypeError, match="chooses no form"):
         regard.explain(torch.nn.functional.scaled_dot_product_attention, *qkv())
+    with pytest.raises(TypeError, match="op must be an op of regard itself.*got 'softmax'"):
+        regard.explain("softmax", *qkv())
 
 
 def test_the_next_call_computes_again() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from regard.core.checks import reject
 from regard.core.dispatch import Choice, Explained, asking
 
 
@@ -41,6 +42,9 @@ def explain(op: Callable[..., Any], *arguments: Any, **options: Any) -> Explanat
     >>> regard.explain(regard.ops.softmax_attention, q, q, q, impl="eager").impl
     'eager'
     """
+    if not callable(op):
+        accepted = "an op of regard itself, such as regard.ops.softmax_attention"
+        raise reject("explain", "op", accepted, op, kind=TypeError)
     try:
         with asking():
             op(*arguments, **options)

@@ -58,6 +58,7 @@ def test_tables_and_files(tmp_path: Path) -> None:
         (["--threads", "0"], "threads must be"),
         (["--out", "nowhere/report.html"], "no such folder: nowhere"),
         (["--json", "."], "is a folder"),
+        (["--json", "one", "--out", "./one"], "one is given for two files"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:

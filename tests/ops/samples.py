@@ -39,6 +39,7 @@ def of_kind(kind: str, n: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor, T
 
     "clustered": 16 centres, around them 0.1; "offset": all moved by 2; "smooth": an
     autoregressive series of coefficient 0.98 and variance 1, the queries being its keys.
+    Beside these, "sharp": channels of size 6.3 down to 0.063, so that scores are hundreds.
     """
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -53,6 +54,8 @@ def of_kind(kind: str, n: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor, T
         for t in range(1, n):
             k[:, :, t] = 0.98 * k[:, :, t - 1] + (1 - 0.98**2) ** 0.5 * k[:, :, t]
         q = k.clone()
+    elif kind == "sharp":
+        q, k = (x * 2 * torch.logspace(0.5, -1.5, D) for x in (q, k))
     return q, k, v
 
 

@@ -11,12 +11,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ops.samples import megabytes_over_inputs
 from regard.models.l2vit.model import LGABlock
 from regard.ops.inline import inline_attention
 from regard.ops.lightning import lightning_attention
+from regard.ops.mesa import mesa_attention
 from regard.ops.rat import rat_attention
 from regard.ops.relu_linear import relu_linear_attention
 
@@ -72,6 +73,26 @@ def test_is_as_many_times_as_fast_as_softmax(op, causal, times, growth):
             short, long = map(min, zip(*([least(f, 1) for f in calls] for _ in range(15)),
                                        strict=True))  # fmt: skip
             assert long / short < growth
+
+
+@pytest.mark.parametrize("solver", ["cg", "direct"])
+def test_mesa_grows_with_the_length(solver):
+    """From 2048 to 8192 tokens by 3 to 5.5 times, for an iteration count that does not change."""
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 8192, 32, generator=make) for _ in range(3))
+    q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+    options = {"causal": True, "solver": solver, "log_decay": torch.full((1, 2, 8192), -0.02)}
+    if solver == "cg":
+        options |= {"tol": 0.0, "max_iters": 15}
+
+    def cut(n: int) -> Callable[[], object]:
+        given = {**options, "log_decay": options["log_decay"][:, :, :n]}
+        return partial(mesa_attention, q[:, :, :n], k[:, :, :n], v[:, :, :n], **given)
+
+    with torch.inference_mode():
+        short, long = map(min, zip(*([least(cut(n), 1) for n in (2048, 8192)] for _ in range(7)),
+                                   strict=True))  # fmt: skip
+    assert 3 < long / short < 5.5
 
 
 def test_a_token_of_lightning_takes_as_long_behind_any_past():

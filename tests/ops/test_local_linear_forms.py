@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import regard
 from ops.samples import Largest, megabytes_over_inputs, tensors
 from regard.core.budgets import relative_error
 from regard.core.cache import KVCache
+from regard.native import instruction_sets
 from regard.ops.local_linear import LocalLinearAux, gemm, local_linear_attention, tiles
 from regard.ops.local_linear.solve import Solver
 
@@ -117,6 +119,26 @@ def test_peak_memory_of_16384_tokens(backward: bool):
     """The same at twice the length, where T x S would take 1 GB."""
     options = "causal=True, solver='cg'"
     assert megabytes_over_inputs(OP, 16384, backward=backward, options=options, again=True) < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["native", "eager"])
+def test_time_grows_as_the_square_of_the_length(impl: str):
+    """By 3.2 to 4.8 from 2048 to 4096 tokens: processor time, the least of runs in turns."""
+    if impl == "native" and not instruction_sets():
+        pytest.skip("no native library here")
+    calls = []
+    for n in (2048, 4096):
+        q, k, v = tensors(B=1, H=1, Hk=1, T=n, S=n, D=64, Dv=64, dtype=torch.float32)
+        calls.append(partial(local_linear_attention, q, k, v, causal=True, impl=impl))
+    least = [INF, INF]
+    with torch.inference_mode():
+        for _ in range(6):
+            for i, call in enumerate(calls):
+                start = time.process_time()
+                call()
+                least[i] = min(least[i], time.process_time() - start)
+    assert 3.2 < least[1] / least[0] < 4.8
 
 
 @pytest.mark.slow

@@ -31,6 +31,9 @@ ITERATIONS = {
     ("smooth", 32, 1e-4): {0.01: 26, 0.1: 13, 1.0: 6},
     ("smooth", 64, 1e-4): {0.01: 37, 0.1: 16, 1.0: 7},
 }
+# The same of large keys of very unequal channels: the mean, and the mean over blocks of 64
+# queries of the slowest of each.
+SHARP = {16: (10, 19), 32: (13, 32), 64: (17, 45)}
 
 
 @pytest.mark.parametrize(("kind", "D", "tol"), ITERATIONS)
@@ -40,6 +43,16 @@ def test_iterations(kind: str, D: int, tol: float):
         options = {"causal": True, "ridge": ridge, "solver": "cg", "tol": tol}
         _, aux = local_linear_attention(q, k, v, **options, return_aux=True)
         assert abs(aux.iterations.double().mean() / count - 1) < 0.25, ridge
+
+
+@pytest.mark.parametrize("D", SHARP)
+def test_iterations_of_sharp_keys(D: int):
+    q, k, v = of_kind("sharp", 512 if D <= 32 else 1024, D)
+    options = {"causal": True, "ridge": 0.1, "solver": "cg", "tol": 1e-4, "max_iters": 200}
+    _, aux = local_linear_attention(q, k, v, **options, return_aux=True)
+    blocks = aux.iterations.double().view(-1, 64)
+    for found, count in zip((blocks.mean(), blocks.amax(1).mean()), SHARP[D], strict=True):
+        assert abs(found / count - 1) < 0.25
 
 
 def test_residual_and_tolerance():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,8 @@ def test_flash_lla_ridges_and_refusals():
     )
     assert relative_error(out, expected[:, 0]) < 1e-5
     for wrong, message in (
+        ({"ridge_lambda": 0.0}, "ridge_lambda must be a finite number above 0"),
+        ({"qk_scale": math.inf}, "qk_scale must be a finite number"),
         ({"ridge_lambda": torch.ones(3)}, r"of shape \[\], \[1\], \[7\] or \[2, 7\]"),
         ({"cg_use_preconditioner": True}, "cg_use_preconditioner must be False"),
         ({"cg_rtol": -1.0}, "cg_rtol must be"),

@@ -204,6 +204,8 @@ def test_lives_in_pipelines_and_files() -> None:
         ({"ridge": "much"}, TypeError, "ridge must be a number above 0.0, got 'much'"),
         ({"loo_rows": 0}, ValueError, "loo_rows must be an int of at least 1, got 0"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of 'float64', 'float32'"),
+        ({"device": "gpu"}, ValueError, "device must be a device that torch can use here"),
+        ({"device": "cuda:99"}, ValueError, "device must be a device that torch can use here"),
     ],
 )
 def test_parameters_that_do_not_fit(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.tasks import InContextRegression, PiecewiseRegression, Task
+from regard.tasks import (
+    MQAR,
+    GroupWord,
+    InContextRegression,
+    PiecewiseRegression,
+    SwapTracking,
+    Task,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -73,3 +80,17 @@ def test_mistakes_are_named():
     for judge in (task.loss, task.metrics):
         with pytest.raises(ValueError, match=r"prediction must be a tensor \[2, 96, 5\]"):
             judge(torch.zeros(2, 95, 5), torch.zeros(2, 96, 5))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        PiecewiseRegression(2, 2, 4), InContextRegression(), MQAR(), SwapTracking(3, 4),
+        GroupWord("Z2", 4),
+    ],
+    ids=lambda task: type(task).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [0, None])
+def test_every_task_says_that_it_wants_a_generator(task, seed):
+    with pytest.raises(TypeError, match="sample: generator must be a torch.Generator"):
+        task.sample(1, seed)

@@ -89,6 +89,8 @@ def test_other_mistakes_are_named():
         PiecewiseRegression(2, 2, 4, mode="clusters")
     with pytest.raises(ValueError, match="noise must be a number of at least 0"):
         PiecewiseRegression(2, 2, 4, noise=-1.0)
+    with pytest.raises(ValueError, match="sample: batch must be an int of at least 0, got -1"):
+        PiecewiseRegression(2, 2, 4).sample(-1, generator())
     stream = PiecewiseRegression(2, 2, 4).sample(1, generator())
     with pytest.raises(ValueError, match=r"predictors\['short'\]\(x, y\) must be a tensor \[1, 4"):
         evaluate_test_time_regression({"short": lambda x, y: y[:, 1:]}, stream)

@@ -68,6 +68,9 @@ class Running:
                 self.fail(f"no such folder: {path.parent}")
             if path is not None and path.is_dir():
                 self.fail(f"{path} is a folder, not a file")
+        named = [path.resolve() for path in paths if path is not None]
+        if len(set(named)) < len(named):
+            self.fail(f"{named[0].name} is given for two files, of which one would be lost")
 
     def integers(self, option: str, text: str) -> tuple[int, ...]:
         """Whole numbers separated by commas."""

@@ -151,6 +151,11 @@ class LocalLinearRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if self.loo_rows is not None:
             checks.check_integer(NAME, "loo_rows", self.loo_rows)
         checks.check_choice(NAME, "dtype", self.dtype, ("float64", "float32"))
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, TypeError):  # as torch says it of names, of CUDA, ...
+            accepted = "a device that torch can use here, such as 'cpu'"
+            raise reject(NAME, "device", accepted, self.device) from None
 
     def _choose(self) -> None:
         places = self._places

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regard.tasks.task import check_draw
+
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """(x [B, n, d], y [B, n, d]) -> predictions [B, n, d], row t from pairs before t and x_t only."""
 
@@ -79,6 +81,7 @@ class PiecewiseRegression:
 
         Only `generator` is drawn from, in the order centres, maps, inputs, noise.
         """
+        check_draw("PiecewiseRegression.sample", batch, generator)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(

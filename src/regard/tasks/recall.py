@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.core.checks import check_flag, check_integer, check_number, reject
-from regard.tasks.task import IGNORED, Sample, answers, cross_entropy
+from regard.tasks.task import IGNORED, Sample, answers, check_draw, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class MQAR:
         drawn one after another without replacement, as the authors' code does: the K smallest
         of independent exponential times at these rates have that law.
         """
-        check_integer("MQAR.sample", "batch", batch, least=0)
+        check_draw("MQAR.sample", batch, generator)
         device, half = generator.device, self.vocabulary // 2
         keys = 1 + distinct(batch, self.pairs, half - 1, generator)
         values = half + distinct(batch, self.pairs, self.vocabulary - half, generator)

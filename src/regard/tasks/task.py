@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from regard.core.checks import describe
+from regard.core.checks import check_integer, describe, reject
 
 IGNORED = -100
 """The label of positions that count neither in a loss nor in a metric, as in torch."""
@@ -42,6 +42,14 @@ class Task(Protocol):
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """Numbers to report, by name."""
         ...
+
+
+def check_draw(op: str, batch: int, generator: torch.Generator) -> None:
+    """What every `sample` is given: how many, and where its numbers come from."""
+    check_integer(op, "batch", batch, least=0)
+    if not isinstance(generator, torch.Generator):
+        accepted = "a torch.Generator, such as torch.Generator().manual_seed(0)"
+        raise reject(op, "generator", accepted, generator, kind=TypeError)
 
 
 def cross_entropy(task: str, prediction: Tensor, target: Tensor) -> Tensor:

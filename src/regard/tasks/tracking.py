@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.core.checks import check_choice, check_flag, check_integer
-from regard.tasks.task import Sample, answers, cross_entropy
+from regard.tasks.task import Sample, answers, check_draw, cross_entropy
 
 Group = Literal["Z2", "S3", "A5", "S5"]
 
@@ -89,7 +89,7 @@ class SwapTracking(_Tracking):
 
     def sample(self, batch: int, generator: torch.Generator) -> Sample:
         """Uniform tokens [batch, length] and the answer at every step, int64."""
-        check_integer("SwapTracking.sample", "batch", batch, least=0)
+        check_draw("SwapTracking.sample", batch, generator)
         tokens = torch.randint(
             self.vocabulary, (batch, self.length), generator=generator, device=generator.device
         )
@@ -159,7 +159,7 @@ class GroupWord(_Tracking):
 
     def sample(self, batch: int, generator: torch.Generator) -> Sample:
         """Uniform elements [batch, length] and their running product, int64."""
-        check_integer("GroupWord.sample", "batch", batch, least=0)
+        check_draw("GroupWord.sample", batch, generator)
         tokens = torch.randint(
             self.vocabulary, (batch, self.length), generator=generator, device=generator.device
         )

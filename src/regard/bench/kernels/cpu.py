@@ -24,7 +24,7 @@ FORWARD = {
     ("native", WIDE, 0.1): (2.2, 4.0, 4.5, 6.0),
     ("native", NARROW, 1.0): (3.5, 5.3, 6.8, 8.4),
     ("native", NARROW, 0.1): (3.5, 6.3, 8.6, 11.7),
-    ("eager", WIDE, 1.0): (7.0, None, 6.5, None),
+    ("eager", WIDE, 1.0): (7.0, 6.5, 6.0, 6.5),
     ("eager", NARROW, 1.0): (9.0, 9.5, 10.5, 12.0),
 }
 # Of the forward and backward of the native form: D -> quantity -> at most.
@@ -156,9 +156,11 @@ def _relatives(impl: str, quick: bool) -> Iterator[Case]:
     """Softmax and Parallax by the same engine."""
     for mechanism in ("softmax", "parallax"):
         for D in (64,) if quick else DIMS:
+            held = mechanism == "parallax" and impl == "eager" and D == 64
             yield Case(
-                "relatives", mechanism=mechanism, impl=impl, dim=D, length=LENGTH, bound=1e-5
-            )
+                "relatives", mechanism=mechanism, impl=impl, dim=D, length=LENGTH, bound=1e-5,
+                targets=(Target("forward/SDPA", most=2.2),) if held else (),
+            )  # fmt: skip
 
 
 def lower_sets(sets: Iterable[str]) -> Iterator[Case]:

@@ -87,6 +87,8 @@ def flash_lla(
     if cg_use_preconditioner is not False:
         raise checks.reject(op, "cg_use_preconditioner", "False", cg_use_preconditioner)
     ridge = _ridge(op, ridge_lambda, sizes, q)
+    if qk_scale is not None and not isinstance(qk_scale, Tensor):
+        checks.check_number(op, "qk_scale", qk_scale)
     tol = max(cg_rtol, torch.finfo(torch.float32).tiny) ** 0.5
     call = forms.Call(
         q[:, None], k[:, None], v[:, None], True, ridge, "relative", qk_scale, None, None, None,
@@ -114,6 +116,7 @@ def _largest_scores(call: forms.Call) -> Tensor:
 def _ridge(op: str, ridge: float | Tensor, sizes: checks.Sizes, like: Tensor) -> float | Tensor:
     """A number, or [B, 1, S]."""
     if not isinstance(ridge, Tensor):
+        checks.check_number(op, "ridge_lambda", ridge, above=0.0)
         return ridge
     B, S = sizes.B, sizes.S
     if not ridge.is_floating_point():
