@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from regard.bench.kernels import pages
+from regard.bench.kernels.pictures import CAPTIONS
+from regard.bench.kernels.pictures import pictures as drawn_from
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks/results"
@@ -54,9 +56,8 @@ def kernels(device: str) -> str:
         if device == "cpu":
             title += f", {machine['instruction_sets']['torch']}"
         drawn = [
-            f"![{pages.CAPTIONS[picture]}](figures/{name}_{picture}.svg)\n\n"
-            f"*{pages.CAPTIONS[picture]}*\n"
-            for picture in pages.pictures(result)
+            f"![{CAPTIONS[picture]}](figures/{name}_{picture}.svg)\n\n*{CAPTIONS[picture]}*\n"
+            for picture in drawn_from(result)
         ]
         parts += [
             f"## {title}\n",
@@ -88,7 +89,7 @@ def pictures() -> dict[str, bytes]:
     found = {}
     for device in PATTERNS:
         for name, result in results(device):
-            for picture, content in pages.pictures(result).items():
+            for picture, content in drawn_from(result).items():
                 found[f"figures/{name}_{picture}.svg"] = content
     if TRAINED.exists():
         script = runpy.run_path(str(DOCS / "figures/regression_gpu.py"))

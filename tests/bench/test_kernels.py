@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import regard
-from regard.bench.kernels import cpu, family, flops, gpu, judge, measure, pages, threads
+from regard.bench.kernels import cpu, family, flops, gpu, judge, measure, pages, pictures, threads
 from regard.bench.kernels.case import PACKED, Case, Target
 from regard.bench.kernels.draw import CENTRES, KINDS, draw
 from regard.bench.kernels.measure import Bench, ratios
@@ -67,6 +67,11 @@ def test_pairs_are_counted_as_masks_see_them() -> None:
     assert replace(SMALL, heads=1, length=9, queries=5).pairs == int(seen.sum())
     assert replace(SMALL, length=9, causal=False).pairs == 2 * 81
     assert replace(SMALL, length=9, work="decode").pairs == 2 * 9
+    masked = replace(SMALL, length=40, extra=("key_mask",))
+    real = masked.arguments()["key_mask"][0]
+    assert 0 < int((~real).sum()) < 40
+    assert masked.pairs == 2 * int(real.cumsum(0).sum())
+    assert replace(masked, causal=False).pairs == 2 * 40 * int(real.sum())
     each = 8 * 9 // 2
     assert replace(SMALL, length=8 * PACKED, extra=("packed",)).pairs == 2 * PACKED * each
 
@@ -290,7 +295,7 @@ def test_targets_are_those_of_the_instruction_set() -> None:
     assert most("avx2", "native", 128) == [8.4]
     assert most("neon", "native", 128) == [8.4]
     assert most("avx512", "eager", 16) == [7.0]
-    assert most("avx512", "eager", 32) == []
+    assert most("avx512", "eager", 32) == [6.5]
     names = [case.name + case.section for case in cpu.timed(["native"], "avx512")]
     assert len(set(names)) == len(names)
     names = [case.name + case.section for case in gpu.timed()]
@@ -417,10 +422,10 @@ def test_pictures_are_drawn_from_the_rows(processor: Any) -> None:
         {**base, "section": "tolerance", "options": {"tol": 1e-2}},
         {**base, "section": "tolerance", "options": {"tol": 1e-3}},
     ]
-    drawn = pages.pictures({**found, "rows": [*found["rows"], *rows]})
-    assert {"lengths", "tolerance"} <= set(drawn) <= set(pages.CAPTIONS)
+    drawn = pictures.pictures({**found, "rows": [*found["rows"], *rows]})
+    assert {"lengths", "tolerance"} <= set(drawn) <= set(pictures.CAPTIONS)
     assert all(b"</svg>" in content for content in drawn.values())
-    assert pages.pictures({**found, "rows": []}) == {}
+    assert pictures.pictures({**found, "rows": []}) == {}
 
 
 def test_text_of_a_result() -> None:

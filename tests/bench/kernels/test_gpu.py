@@ -194,3 +194,15 @@ def test_what_was_left_out_is_named() -> None:
     assert "- Decoding: one query per head: 2; no time was left" in said
     assert "- check: 1; why" in said
     assert pages.left_out({"left_out": []}) == ""
+
+
+@pytest.mark.parametrize("mechanism", ["gated_delta", "hedgehog", "mesa"])
+def test_unrounded_and_rounded_inputs_are_walked_together(mechanism: str) -> None:
+    case = replace(SMALL, mechanism=mechanism, dtype="bfloat16")
+    wide = judge._wide(case, "cpu")
+    blocks = judge.blocks_of(case, 8)
+    both = judge._both_rows(case, wide, blocks, 1)
+    for found, given in zip(both, wide, strict=True):
+        apart = judge._reference_rows(case, given, blocks, 1)
+        assert (found - apart).norm() <= 1e-12 * apart.norm()
+    assert (both[0] - both[1]).norm() > 1e-4 * both[0].norm()

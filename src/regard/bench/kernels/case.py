@@ -130,14 +130,22 @@ class Case:
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, of all heads."""
-        T, S = self.rows, self.length
         if "packed" in self.extra:
-            count, part = PACKED, S // PACKED
+            count, part = PACKED, self.length // PACKED
             return self.heads * count * (part * (part + 1) // 2 if self.causal else part * part)
+        return self.heads * int(self.seen.sum())
+
+    @property
+    def seen(self) -> Tensor:
+        """Keys that each query of a head sees, float64 [T]: not masked, and none after it."""
+        T, S = self.rows, self.length
+        real = torch.ones(S, dtype=torch.bool)
+        if "key_mask" in self.extra:
+            real = _key_mask(self, "cpu", torch.float32)["key_mask"][0]
         if not self.causal or T == 1:
-            return self.heads * T * S
-        first = S - T + 1  # keys of the first query, aligned at the end
-        return self.heads * sum(max(0, first + i) for i in range(T))
+            return real.sum().double().expand(T)
+        before = torch.cat([torch.zeros(max(0, T - S), dtype=torch.int64), real.cumsum(0)])
+        return before[-T:].double()  # aligned at the end
 
     @property
     def fixed_state(self) -> bool:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from regard.bench.kernels import family, sparse
 from regard.bench.kernels.case import Case
-
-
-def visible(case: Case) -> Tensor:
-    """Keys that each query of a head sees, [T], where only the causal mask hides any."""
-    T, S = case.rows, case.length
-    if not case.causal or T == 1:
-        return torch.full((T,), S, dtype=torch.float64)
-    return (torch.arange(T, dtype=torch.float64) + (S - T + 1)).clamp(min=0)
 
 
 def forward(case: Case, iterations: Tensor | None) -> float | None:
@@ -32,7 +23,7 @@ def forward(case: Case, iterations: Tensor | None) -> float | None:
         return None if case.work == "decode" else family.work(case)
     if case.mechanism in sparse.MECHANISMS:
         return sparse.work(case)
-    D, seen = case.dim, visible(case)
+    D, seen = case.dim, case.seen
     if case.mechanism == "softmax":
         return 4.0 * D * case.pairs
     if case.mechanism == "parallax":

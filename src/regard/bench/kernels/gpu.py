@@ -194,7 +194,8 @@ def _variants(plain: Case) -> Iterator[Case]:
         replace(base, extra=("log_decay",)),
     )
     for case in cases:
-        yield replace(case, section="variants", against=base, targets=target)
+        asked = () if "log_decay" in case.extra else target
+        yield replace(case, section="variants", against=base, targets=asked)
 
 
 def checked(impl: str = "triton", length: int = 1024) -> Iterator[tuple[Case, tuple[str, ...]]]:

@@ -57,9 +57,8 @@ def outputs(case: Case, out: Tensor, device: str = "cpu") -> list[Verdict]:
     verdicts = []
     for quantity, blocks in asked.items():
         actual = torch.cat([_rows(out[:, h : h + 1], blocks) for h in heads], 1)
-        exact, rounded = (
-            torch.cat([_reference_rows(case, given, blocks, h) for h in heads], 1) for given in wide
-        )
+        found = [_both_rows(case, wide, blocks, h) for h in heads]
+        exact, rounded = (torch.cat(rows, 1) for rows in zip(*found, strict=True))
         verdicts.append(_of_output(quantity, case, actual, exact, rounded, device))
     return verdicts
 
@@ -78,13 +77,15 @@ def gradients(case: Case, device: str = "cpu") -> list[Verdict]:
         cotangent[0, 0, start:stop] = weight.to(cotangent)
     found = torch.autograd.grad(out, [leaves[name] for name in names], cotangent)
 
-    def expected(wide: Mapping[str, Any]) -> list[Tensor]:
-        exact = {**wide, **{name: wide[name].detach().requires_grad_() for name in names}}
-        rows = _reference_rows(case, exact, blocks, 0)
-        weight = _rows(cotangent[:1, :1], blocks).double()
-        return list(torch.autograd.grad(rows, [exact[name] for name in names], weight))
-
-    exact, rounded = (expected(wide) for wide in _wide(case, device))
+    wide = [
+        {**one, **{name: one[name].detach().requires_grad_() for name in names}}
+        for one in _wide(case, device)
+    ]
+    rows = _both_rows(case, (wide[0], wide[1]), blocks, 0)
+    weight = _rows(cotangent[:1, :1], blocks).double()
+    at = [one[name] for one in wide for name in names]
+    expected = torch.autograd.grad(rows, at, [weight, weight])
+    exact, rounded = expected[: len(names)], expected[len(names) :]
     return [
         _of_gradient(name, case, one, wide, near)
         for name, one, wide, near in zip(names, found, exact, rounded, strict=True)
@@ -256,6 +257,22 @@ def _reference_rows(
                 part["ridge"] = part["ridge"][head : head + 1]
             parts.append(case.card.reference(**part, **_meaning(case)))
     return torch.cat(parts, 2)
+
+
+def _both_rows(
+    case: Case, wide: tuple[dict[str, Any], dict[str, Any]],
+    blocks: tuple[tuple[int, int], ...], head: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reference at these queries of one head, of unrounded inputs and of rounded ones."""
+    if wide[0] is wide[1]:
+        rows = _reference_rows(case, wide[0], blocks, head)
+        return rows, rows
+    both = family.together(*wide, head) if case.fixed_state else None
+    if both is None:
+        exact, rounded = (_reference_rows(case, given, blocks, head) for given in wide)
+        return exact, rounded
+    rows = family.exact_rows(case, both, _meaning(case), blocks, 0)
+    return rows[:1], rows[1:]
 
 
 def _pieces(case: Case, start: int, stop: int) -> list[tuple[int, int, int, int]]:

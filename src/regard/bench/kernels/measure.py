@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -155,7 +156,7 @@ class Bench:
         with torch.no_grad():
             _, aux = case.run({**given, "return_aux": True})
         row.residual = float(aux.residual.max())
-        seen = flops.visible(case)
+        seen = case.seen
         if "packed" not in case.extra and case.pairs:
             mean = float((aux.iterations[0].double().cpu() * seen).sum()) / case.pairs
             row.iterations = (mean, int(aux.iterations.max()))
@@ -225,7 +226,7 @@ class Bench:
             except RuntimeError:  # a kernel that does not serve this call
                 continue
             calls |= theirs
-        for name, call in others.contestants(case, given, self.kind).items():
+        for name, call in self._others(case, given).items():
             try:
                 call()
             except Exception:  # whatever another library makes of this machine
@@ -235,6 +236,13 @@ class Bench:
             base, other = case.against, case.against.arguments(self.device)
             calls |= passes("base ", lambda a: base.run(a), other, False)
         return calls
+
+    def _others(self, case: Case, given: dict[str, Any]) -> Calls:
+        try:
+            return others.contestants(case, given, self.kind)
+        except Exception as error:  # another library's fault is no wrong result of ours
+            print(f"beside {case.name}: {_words(error)}", file=sys.stderr)
+            return {}
 
     def _flush(self) -> None:
         if self._flushed is not None:
@@ -300,8 +308,9 @@ def plain_numbers(row: Row, names: list[str]) -> dict[str, float]:
     """Times by themselves, and how many times as fast as the others ours is."""
     one = row.seconds["forward"]
     found = {"ms": 1e3 * one, "us": 1e6 * one}
-    if "grad forward" in row.seconds:
-        found["us with grad"] = 1e6 * row.seconds["grad forward"]
+    for name, work in DECODED.items():
+        if work in row.seconds:
+            found[name] = 1e6 * row.seconds[work]
     if "both" in row.seconds:
         found["ms of both"] = 1e3 * row.seconds["both"]
     if row.calls:
@@ -337,15 +346,24 @@ def _without_operands(case: Case, given: Mapping[str, Any]) -> dict[str, Tensor]
     return {name: x.contiguous() for name, x in apart.items()}
 
 
+# What one token costs beside inference mode: in grad mode as a user calls it, of tensors that ask
+# for no gradient; and of tensors that all ask for theirs.
+DECODED = {"us in grad mode": "grad forward", "us asking for gradients": "asking forward"}
+
+
 def _decoding(case: Case, given: dict[str, Any]) -> Calls:
-    """One token in inference mode, and where a gradient is asked for."""
+    """One token in inference mode, in grad mode, and where a gradient is asked for."""
     leaves = {name: _leaf(x) for name, x in given.items()}
 
     def forward() -> Tensor:
         with torch.inference_mode():
             return case.run(given)
 
-    return {"forward": forward, "grad forward": lambda: case.run(leaves)}
+    return {
+        "forward": forward,
+        "grad forward": lambda: case.run(given),
+        "asking forward": lambda: case.run(leaves),
+    }
 
 
 def _sdpa(kernel: SDPBackend | None, causal: bool, grouped: bool) -> Callable[..., Tensor]:

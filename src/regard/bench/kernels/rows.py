@@ -86,7 +86,7 @@ class Left:
 def _described(case: Case) -> dict[str, Any]:
     names = (
         "section", "name", "mechanism", "impl", "work", "dim", "length", "ridge", "keys",
-        "causal", "heads", "kv_heads", "dtype", "extra", "isa", "note",
+        "causal", "heads", "kv_heads", "dtype", "extra", "isa", "density", "policy", "note",
     )  # fmt: skip
     found = {name: getattr(case, name) for name in names}
     return {**found, "queries": case.rows, "options": dict(case.options), "pairs": case.pairs}
