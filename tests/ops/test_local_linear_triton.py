@@ -14,6 +14,7 @@ from regard.core.budgets import relative_error
 from regard.core.decay import decay_sums
 from regard.ops import local_linear_attention, parallax_attention, softmax_attention
 from regard.ops.local_linear import blockwise, triton
+from regard.ops.local_linear.call import SINGLE, Call
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.registered import Options
 from regard.ops.local_linear.solve import Solver
@@ -223,6 +224,96 @@ def test_softmax_and_parallax() -> None:
     r = 0.3 * q.flip(2)
     got = interpreted("regard.ops:parallax_attention", q, r, k, v, **named, impl="triton")
     assert relative_error(got, parallax_attention(q, r, k, v, **named, impl="reference")) < BUDGET
+
+
+def served(dtype: torch.dtype = torch.bfloat16, **options: Any) -> tuple[Call, bool]:
+    """What the registered op would be given for a call, and whether to solve directly."""
+    options = dict(options)
+    sizes = {"H": 2, "T": 64, "S": 64, "D": 16}
+    sizes |= {name: options.pop(name) for name in sizes.keys() & options.keys()}
+    H, T, S, D = (sizes[name] for name in "HTSD")
+    q, k = (torch.zeros(1, H, n, D, dtype=dtype) for n in (T, S))
+    known = {
+        "causal": False, "ridge": 1.0, "ridge_mode": "relative", "scale": None, "key_mask": None,
+        "key_bias": None, "log_decay": None, "window": None, "tol": 1.5e-3,
+        "tol_backward": 1.5e-5,
+    }  # fmt: skip
+    found: list[tuple[Call, bool]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "run", lambda _op, call, direct: found.append((call, direct)))
+        triton.serve(Call(q, k, k, **{**known, **options}))
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "few"),
+    [
+        ({"S": 256, "T": 256}, True),
+        ({"S": 257, "T": 64}, False),
+        ({"S": 256, "T": 300}, False),  # long enough to take more time than its launches
+        ({"S": 300, "T": 300, "window": (100, 20)}, True),
+        ({"S": 300, "T": 300, "window": (100, -1)}, False),
+        ({"S": 300, "T": 10, "window": (100, -1)}, True),
+        ({"D": 64}, False),
+        ({"D": 64, "intercept": False}, True),
+        ({"D": 64, "ridge_mode": "absolute"}, True),
+        ({"D": 64, "dtype": torch.float16}, True),
+        ({"D": 64, "S": 129, "dtype": torch.float16}, False),
+        ({"S": 300, "T": 300, "window": (100, -1), "causal": True}, True),
+        ({"precision": "fast"}, False),
+        ({"precision": "high"}, True),
+        ({"average": True}, False),
+        ({"probe": torch.zeros(1, 2, 64, 16)}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+)
+def test_calls_of_few_keys_are_computed_as_float32_ones(options: dict[str, Any], few: bool) -> None:
+    call, direct = served(**options)
+    assert (call.precision == SINGLE) == few
+    if few:
+        assert (call.tol, call.tol_backward, direct) == (1e-4, 1e-6, False)
+    elif options.get("dtype") is None:
+        assert call.tol == (1e-2 if call.precision == "fast" else 1.5e-3)
+        assert direct == (call.q.shape[3] <= 16)
+
+
+def test_tolerances_that_are_given_hold_in_calls_of_few_keys() -> None:
+    call, _ = served(tol=1e-2, tol_backward=1e-3, given=("tol", "tol_backward"))
+    assert (call.tol, call.tol_backward) == (1e-2, 1e-3)
+    assert served(tol=1e-2, given=("tol",))[0].tol_backward == 1e-4
+    call, direct = served(tol=1e-2, given=("tol", "solver"), solver="direct")
+    assert call.tol == 1e-4
+    assert not direct
+
+
+def as_on_a_device(*operands: Tensor, **options: Any) -> Tensor:
+    """For `interpreted`: 16-bit inputs with the operands that they have on a device."""
+    from regard.ops.local_linear.triton import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "interpreting", lambda: False)
+        return local_linear_attention(*operands, impl="triton", **options)
+
+
+@pytest.mark.parametrize("options", [{"ridge": 0.1}, {"ridge_mode": "absolute", "scale": 0.2}])
+def test_few_keys_cost_no_more_than_rounding_the_inputs(options: dict[str, Any]) -> None:
+    """Nine keys of eight channels: with products rounded to 16 bits twice to ten times as much."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = draw(1, 4, 12, 8), draw(1, 2, 9, 8), draw(1, 2, 9, 8)
+    options = {**options, "log_decay": -draw(1, 2, 9).abs(), "causal": True, "window": (3, 0)}
+    half = [x.half() for x in (q, k, v)]
+    exact, rounded = (
+        local_linear_attention(*x, **options, impl="reference")
+        for x in ((q, k, v), [x.double() for x in half])
+    )
+    options["log_decay"] = options["log_decay"].float()
+    got = interpreted("ops.test_local_linear_triton:as_on_a_device", *half, **options)
+    allowed = 1.5 * relative_error(rounded, exact) + relative_error(exact.half(), exact)
+    assert relative_error(got, exact) <= allowed
 
 
 def test_refuses_in_words() -> None:

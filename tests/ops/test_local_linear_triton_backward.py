@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.interpreter import interpreted
+from gpu.interpreter import gradients, interpreted
+from gpu.stale import stale_memory
 from regard.core.budgets import relative_error
 from regard.ops import local_linear_attention, parallax_attention, softmax_attention
 from regard.ops.local_linear.backward import Wanted
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.registered import Options
+from regard.ops.local_linear.triton import table
 
 pytestmark = pytest.mark.requires("triton")
 slow = pytest.mark.slow
 
 BUDGET = 1e-4  # of a float32 gradient
+HALF_BUDGET = 5e-3  # where products have 16-bit operands
 
 
 def sample(
@@ -231,3 +234,82 @@ def test_gradients_of_parallax(causal: bool) -> None:
     operands["r"] = (0.3 * torch.randn(1, 4, 21, 16)).requires_grad_()
     path, options = "regard.ops:parallax_attention", {"causal": causal}
     check(path, parallax_attention, operands, options, cotangent)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+def test_every_row_that_the_last_pass_reads_was_written(
+    width: int, half: bool, scored: bool
+) -> None:
+    """Its tiles may stick out of the queries, but not out of the tiles of the passes before."""
+    from regard.ops.local_linear.triton.prepare import PAD
+
+    rows = {
+        kernel: table.config(kernel, width, half, scored=scored).rows
+        for kernel in ("cotangent", "cotangent_two", "queries", "keys")
+    }
+    assert all(height % rows["keys"] == 0 and PAD % height == 0 for height in rows.values()), rows
+
+
+def as_on_a_device(
+    path: str, operands: dict[str, Any], options: dict[str, Any], cotangent: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """For `interpreted`: output and gradients with tiles and products of a device, in memory that
+    was used before."""
+    from regard.ops.local_linear.triton import launch, prepare
+
+    def tiles(kernel: str, width: int, *_: Any) -> table.Config:
+        return table.config(kernel, width, half=True)._replace(descriptor=False)
+
+    with pytest.MonkeyPatch.context() as patch, stale_memory():
+        patch.setattr(launch, "config", tiles)
+        patch.setattr(prepare, "operand_dtype", lambda *_: torch.float16)
+        return gradients(path, operands, options, cotangent)
+
+
+AS_ON_A_DEVICE = "ops.test_local_linear_triton_backward:as_on_a_device"
+
+
+@pytest.mark.parametrize(
+    ("name", "T"),
+    [("parallax", 31), *(pytest.param(*case, marks=slow) for case in
+                         [("parallax", 130), ("local_linear", 31), ("local_linear", 130)])],
+)  # fmt: skip
+def test_kernels_with_tiles_of_different_heights(name: str, T: int) -> None:
+    """Rows beyond the last query, which one of them leaves as memory came, count for nothing.
+
+    With 96 channels the first pass has tiles of 64 queries, the second of 128.
+    """
+    operands, cotangent = sample(heads=2, key_heads=2, T=T, S=T, D=96, Dv=8)
+    options: dict[str, Any] = {"causal": True, "scale": 0.2}
+    more: dict[str, Any] = {"impl": "triton"}
+    op: Any = parallax_attention
+    if name == "parallax":
+        generator = torch.Generator().manual_seed(1)
+        operands["r"] = (0.3 * torch.randn(1, 2, T, 96, generator=generator)).requires_grad_()
+    else:  # whose g is refined, which takes the first pass with two sums
+        op, options["ridge"] = local_linear_attention, 0.5
+        more |= {"tol": 1e-2, "tol_backward": 1e-7}
+    given = (f"regard.ops:{name}_attention", operands, {**options, **more}, cotangent)
+    _, found = interpreted(AS_ON_A_DEVICE, *given)
+    expected = found_by_autograd(op, operands, options, cotangent)
+    errors = {n: relative_error(found[n], expected[n]) for n in expected}
+    assert max(errors.values()) <= HALF_BUDGET, errors
+
+
+@pytest.mark.parametrize("T", [16, 80])  # by the kernels of decoding, and by tiles
+def test_a_row_of_parallax_that_sees_one_key_gives_its_value(T: int) -> None:
+    """Its weight is 1 for every r, however products round what r makes of it."""
+    operands, cotangent = sample(T=T, S=T, D=32)
+    generator = torch.Generator().manual_seed(1)
+    operands["r"] = (3 * torch.randn(1, 2, T, 32, generator=generator)).requires_grad_()
+    halves = {n: x.detach().half() for n, x in operands.items()}
+    options = {"window": (0, 0), "impl": "triton"}
+    path = "regard.ops:parallax_attention"
+    if T == 16:
+        out = interpreted(path, **halves, **options)
+    else:
+        operands = {n: x.float().requires_grad_() for n, x in halves.items()}
+        out, _ = interpreted(AS_ON_A_DEVICE, path, operands, options, cotangent)
+    assert relative_error(out, halves["v"].expand_as(out)) <= 1e-4

@@ -41,4 +41,5 @@ SUBJECTS: dict[str, Callable[[], Any]] = {
     "local_linear backward D=128 bfloat16": partial(_backward, 128, BF16),
     "softmax backward D=64 bfloat16": partial(_backward, 64, BF16, average=True),
     "parallax backward D=64 bfloat16": partial(_backward, 64, BF16, probe=True),
+    "parallax backward D=128 bfloat16": partial(_backward, 128, BF16, probe=True),
 }

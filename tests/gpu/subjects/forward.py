@@ -13,11 +13,15 @@ from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.registered import Options
 
 
-def inputs_of(D: int, dtype: torch.dtype, every: bool = False, **options: Any) -> Inputs:
-    """Causal self-attention of 256 tokens, with every operand if asked for."""
+def inputs_of(
+    D: int, dtype: torch.dtype, every: bool = False, masked: bool = False, **options: Any
+) -> Inputs:
+    """Causal self-attention of 256 tokens, with a key mask or every operand if asked for."""
     B, H, T = 1, 16, 256
     x = torch.zeros(B, H, T, D, dtype=dtype)
     given: dict[str, Any] = {"key_mask": None, "key_bias": None, "decay": None}
+    if masked:
+        given["key_mask"] = torch.ones(B, T, dtype=torch.bool)
     if every:
         given = {
             "key_mask": torch.ones(B, T, dtype=torch.bool),
@@ -45,6 +49,7 @@ SUBJECTS: dict[str, Callable[[], Any]] = {
     "local_linear forward D=16 bfloat16": partial(_forward, 16, BF16),
     "local_linear forward D=64 bfloat16": partial(_forward, 64, BF16),
     "local_linear forward D=64 bfloat16 every operand": partial(_forward, 64, BF16, every=True),
+    "local_linear forward D=64 bfloat16 masked": partial(_forward, 64, BF16, masked=True),
     "local_linear forward D=64 float32": partial(_forward, 64, FP32),
     "local_linear forward D=128 bfloat16": partial(_forward, 128, BF16),
     "local_linear forward D=128 bfloat16 high": partial(_forward, 128, BF16, "high"),

@@ -22,6 +22,7 @@ def _call(
     causal: bool = True,
     tokens: int = T,
     backward: bool = False,
+    maps: tuple[bool, bool] = (False, False),
 ) -> None:
     from regard.ops.linear.triton import gradient, launch
     from regard.ops.linear.triton.table import MAPS
@@ -34,10 +35,12 @@ def _call(
     total = torch.zeros(1, HEADS, F) if normalised else None
     least = -torch.inf
     options = launch.Options(causal, feature, feature, 1.0, normalised, least, 0.0, True)
-    results = launch.forward(x, x, x, steps, real, state, total, options)
+    q, k = (torch.zeros(HEADS, D, D, dtype=dtype) if wanted else None for wanted in maps)
+    results = launch.forward(x, x, x, steps, real, state, total, options, (q, k))
     if backward:
         out, end, end_total, *kept = results
-        given = gradient.Kept(x, x, x, steps, real, state, total, out, *kept)
+        mapped = x.float() if any(maps) else x
+        given = gradient.Kept(mapped, mapped, x, steps, real, state, total, out, *kept)
         gradient.backward(x, end, end_total, given, options, decay, True)
 
 
@@ -53,6 +56,12 @@ SUBJECTS: dict[str, Callable[[], Any]] = {
     ),
     "linear hedgehog D=128 bfloat16": partial(
         _call, 128, BF16, "hedgehog:softmax_dim", decay=False, normalised=True
+    ),
+    "linear learned hedgehog D=64 bfloat16": partial(
+        _call, 64, BF16, "hedgehog:softmax_dim", False, True, backward=True, maps=(True, True)
+    ),
+    "linear learned hedgehog D=128 bfloat16": partial(
+        _call, 128, BF16, "hedgehog:softmax_dim", False, True, maps=(True, False)
     ),
     "linear decode D=64 bfloat16": partial(_call, 64, BF16, tokens=1),
 }

@@ -20,6 +20,7 @@ SOLVERS = ("auto", "direct", "cg")
 KERNELS = ("dot", "gaussian")
 GRADIENTS = ("exact", "official")
 PRECISIONS = ("auto", "high", "fast")
+SINGLE = "single"  # one more that a form may choose: float32 operands for 16-bit inputs
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 1.5e-3, torch.float16: 3e-4}
 
 

@@ -26,7 +26,14 @@ from torch import Tensor
 from regard import gpu
 from regard.core.dispatch import Form
 from regard.ops.local_linear import backward as gradients
-from regard.ops.local_linear.call import Answer, Call, run
+from regard.ops.local_linear.call import (
+    SINGLE,
+    TOLERANCE,
+    Answer,
+    Call,
+    backward_tolerance,
+    run,
+)
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.registered import Extra, Options, register
 
@@ -34,9 +41,16 @@ NAME = "local_linear_triton"
 WIDEST = 128  # channels of a head
 # Head sizes that are solved directly: as cheap as a few steps, and as good for any keys.
 DIRECT_UP_TO = 16
-RIGHT_IN_SINGLE = 33, 64  # channels: where gradients with float32 operands were right on an H100
-GIVEN_UP_TO = 64  # channels: where gradients with a slope that is given (Parallax) were right there
 FAST = 1e-2  # tolerance of precision="fast"
+# The matrix of a query that sees few keys is ill-conditioned, and the rounding of its operands does
+# not average out. A call with 16-bit inputs is computed as with float32 ones, operands and
+# tolerances, if none of its queries can see more keys than this, by position:
+FEW_KEYS = {
+    "singular": 256,  # an absolute ridge, no intercept, or so few channels that it was direct
+    "float16": 128,
+    "bfloat16": 0,  # below what rounding such inputs does (measured)
+}
+FEW_PAIRS = 2**16  # of queries and such keys in a head: more take longer than their launches
 
 
 def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
@@ -109,31 +123,6 @@ def refuse(call: Call) -> str | None:
         return f"it solves directly up to a head size of {DIRECT_UP_TO} only"
     if "block_size" in call.given:
         return "the sizes of its tiles are fixed"
-    return refuse_gradients(call)
-
-
-def refuse_gradients(call: Any) -> str | None:
-    """Why a call (with its operands as attributes, q among them) has no gradients here, or None.
-
-    With operands in float32 (and the Gaussian kernel has them for any inputs), Triton 3.6
-    compiles some tiles of the key-major kernel for an H100 to wrong products and to reads outside
-    of shared memory, which the interpreter does not show. In wide heads the same kernel left
-    gradients of keys and values at zero where the slope is given. What was right on the device
-    may run.
-    """
-    single = call.q.dtype == torch.float32 or getattr(call, "kernel", "dot") != "dot"
-    given = getattr(call, "probe", None) is not None
-    if not (single or given) or gpu.interpreting() or not torch.is_grad_enabled():
-        return None
-    least, most = RIGHT_IN_SINGLE if single else (1, GIVEN_UP_TO)
-    if least <= max(call.q.shape[3], call.v.shape[3]) <= most:
-        return None
-    # By the fields' names: vars() cannot be traced by torch.compile.
-    operands = (getattr(call, field) for field in type(call).__dataclass_fields__)
-    if any(isinstance(x, Tensor) and x.requires_grad for x in operands):
-        if not single:
-            return f"gradients with a slope that is given need at most {most} channels"
-        return f"with operands in float32 its gradients need {least} to {most} channels"
     return None
 
 
@@ -145,6 +134,25 @@ def _refuse_unverified(call: Call) -> str | None:
     return gpu.unverified("local_linear", call.q.device, call.q.dtype, size)
 
 
+def sees_few_keys(call: Call) -> bool:
+    """Whether a call with 16-bit inputs is computed as float32 ones would be; see `FEW_KEYS`.
+
+    By metadata of one sequence only.
+    """
+    solved = call.probe is None and not call.average
+    if not solved or call.q.dtype == torch.float32 or call.precision == "fast":
+        return False
+    T, S, D = call.q.shape[2], call.k.shape[2], call.q.shape[3]
+    left, right = call.window if call.window is not None else (-1, -1)
+    right = 0 if call.causal else right
+    keys = S
+    if left >= 0:
+        keys = min(S, left + (T if right < 0 else 1 + right))
+    singular = call.ridge_mode == "absolute" or not call.intercept or D <= DIRECT_UP_TO
+    most = FEW_KEYS["singular" if singular else str(call.q.dtype)[6:]]
+    return keys <= most and T * keys <= FEW_PAIRS
+
+
 def tolerances(call: Call) -> tuple[float, float]:
     """Of the forward and of the backward: those of the call where it gives them.
 
@@ -154,24 +162,30 @@ def tolerances(call: Call) -> tuple[float, float]:
     tol, backward = call.tol, call.tol_backward
     if call.q.dtype == torch.float32:
         return tol, backward
-    if call.precision == "fast" and "tol" not in call.given:
-        tol = FAST
+    few = sees_few_keys(call)
+    if "tol" not in call.given:
+        tol = FAST if call.precision == "fast" else TOLERANCE[torch.float32] if few else tol
     if "tol_backward" not in call.given:
-        backward = tol / {"fast": 1, "auto": 4, "high": 10}[call.precision]
+        part = {"fast": 1, "auto": 4, "high": 10}[call.precision]
+        backward = backward_tolerance(tol) if few else tol / part
     return tol, backward
 
 
 def serve(call: Call) -> Answer:
     """The answer of the kernels."""
-    small = call.q.shape[3] <= DIRECT_UP_TO and call.solver != "cg"
+    half = call.q.dtype != torch.float32
     tol, backward = tolerances(call)
+    if sees_few_keys(call):
+        half = False
+        if call.solver == "direct":  # by steps, to what a direct solve gives
+            tol = min(tol, TOLERANCE[torch.float32])
+        call = replace(call, precision=SINGLE)
+    small = call.q.shape[3] <= DIRECT_UP_TO and call.solver != "cg"
     call = replace(call, tol=tol, tol_backward=backward)
-    return run(local_linear_triton_fwd, call, direct=small and call.q.dtype != torch.float32)
+    return run(local_linear_triton_fwd, call, direct=small and half)
 
 
 FORMS: tuple[Form, ...] = (
     Form("triton", "triton", _refuse_unverified, serve),
     Form("triton", "triton unverified", refuse, serve, auto=False),
 )
-
-

@@ -135,9 +135,10 @@ def gather_average(
                 t = tl.dot(rest, tl.trans(k), t, input_precision=PRECISION)
             # A product with a key that is not seen may be infinite.
             t = tl.where(seen, (t - at_centre[:, None]) * p, 0.0)
-            tilt = tilt * down + tl.sum(t, 1)
+            t = t.to(v.dtype)  # summed as the product sees it: weights sum to 1 in few keys, too
+            tilt = tilt * down + tl.sum(t.to(tl.float32), 1)
             tilted = tilted * down[:, None]
-            tilted = tl.dot(t.to(v.dtype), v, tilted, input_precision=PRECISION)
+            tilted = tl.dot(t, v, tilted, input_precision=PRECISION)
 
     rows = pair.to(tl.int64) * (GROUP * T) + members
     stats = STATS + (rows * SPLITS + split) * 3

@@ -46,7 +46,7 @@ def cut_of(D: int, Dv: int, half: bool, solved: bool) -> Cut:
     """Of the pass over the keys, by padded head sizes."""
     wide = max(D, Dv)
     if not solved:
-        return Cut(64, 4, 3) if half else Cut(32, 8, 2)
+        return Cut(64, 4, 3) if half else Cut(32, 8, 2 if wide <= 64 else 1)
     if half:
         return Cut(64, 4, 4) if wide <= 64 else Cut(64, 8, 3, programs=128)
     if Dv != D:
@@ -68,6 +68,14 @@ def serves(inputs: Inputs) -> str | None:
     if inputs.covariance_block or inputs.wide:
         return "covariance blocks and float64 are for the eager form"
     return None
+
+
+def half_operands(inputs: Inputs) -> bool:
+    """Whether products round to 16 bits.
+
+    An absolute ridge may be a thousandth of what rounding leaves in a covariance.
+    """
+    return inputs.q.dtype != torch.float32 and not inputs.absolute
 
 
 def splits_of(T: int, S: int, reach: tuple[int, int], most: int) -> tuple[int, int]:
@@ -134,7 +142,7 @@ class _Pass:
         B, H, T, D = self.q.shape
         S, Dv = self.k.shape[2], self.v.shape[3]
         self.DP, self.DVP = padded(D), padded(Dv)
-        self.half = self.q.dtype != torch.float32
+        self.half = half_operands(inputs)
         self.solved = not inputs.average and inputs.probe is None
         # As Triton 3.6 compiles 64 channels of keys and 16 of values, an H100 finds wrong results.
         if self.half and self.solved and self.DP >= 64:

@@ -55,10 +55,13 @@ def _given_step(
     w = p * t
     if MASKED:
         w = tl.where(s == float("-inf"), 0.0, w)
+    short = w.to(OPERAND)
+    if MASKED:  # rows that see few keys are here: as the product sees them, weights sum to 1
+        w = short.to(tl.float32)
     drift = drift * shrink + tl.sum(w, 1)
     v = tile_of(values, value_row + j0, N, DVP, DESCRIPTOR)
     sums = tl.dot(p.to(OPERAND), v, sums * shrink[:, None], input_precision=PRECISION)
-    slants = tl.dot(w.to(OPERAND), v, slants * shrink[:, None], input_precision=PRECISION)
+    slants = tl.dot(short, v, slants * shrink[:, None], input_precision=PRECISION)
     return top, total, drift, sums, slants
 
 

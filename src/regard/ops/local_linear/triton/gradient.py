@@ -107,7 +107,8 @@ class _Backward:
         self.top, self.total, self.mean = extras
         self.slope, self.lse = slope, lse
         self.grad = channels_last(grad)
-        self.launcher = Launcher(inputs, prepare(inputs), channels_last(inputs.q))
+        prepared = prepare(inputs, options.precision)
+        self.launcher = Launcher(inputs, prepared, channels_last(inputs.q))
         half = self.launcher.prepared.half
         self.given = inputs.probe is not None
         self.sloped = not inputs.average

@@ -70,10 +70,11 @@ class Launcher:
         return self.prepared.keys.new_empty(B * H, operands * rows, padded(D))
 
     def config(self, kernel: str) -> Config:
-        scored = self.prepared.bias is not None or self.prepared.decay is not None
+        decayed = self.prepared.decay is not None
+        scored = self.prepared.bias is not None or decayed
         B, H, T, _ = self.sizes
-        tiles = B * H * triton.cdiv(T, 64)
-        return config(kernel, self.width, self.prepared.half, interpreting(), scored, tiles)
+        tiles, half = B * H * triton.cdiv(T, 64), self.prepared.half
+        return config(kernel, self.width, half, interpreting(), scored, tiles, decayed)
 
     def parts(self, config: Config, high: bool) -> tuple[tuple[bool, tuple[int, int]], ...]:
         """Which tiles [first, last) are computed with 22 bits, and which with 11.
@@ -220,7 +221,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, ...]:
 def _kernels(inputs: Inputs, options: Options, q: Tensor, solved: bool) -> tuple[Tensor, ...]:
     """The kernels of a forward, one after the other."""
     D = q.shape[3]
-    prepared = prepare(inputs)
+    prepared = prepare(inputs, options.precision)
     launcher, rows = Launcher(inputs, prepared, q), Rows.of(inputs, solved)
     Dv = inputs.v.shape[3]
     values = {"values": prepared.values, "DV": Dv, "DVP": padded(Dv), "out": rows.out}
@@ -293,7 +294,8 @@ def _nothing(inputs: Inputs, solved: bool) -> tuple[Tensor, ...]:
 def _decode(inputs: Inputs, options: Options, solved: bool) -> tuple[Tensor, ...]:
     """Few queries against many keys: one pass over the cache as it lies."""
     result, failed = decode.decode(inputs, options)
-    if solved and inputs.q.dtype == torch.float32 and options.tol > 0 and not capturing():
+    exact = solved and not decode.half_operands(inputs)
+    if exact and options.tol > 0 and not capturing():
         rows = failed != 0
         if bool(rows.any()):
             solver = options.solver(inputs.q.shape[3])

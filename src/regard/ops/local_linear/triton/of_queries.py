@@ -119,7 +119,8 @@ def queries_kernel(
     padded = pair.to(tl.int64) * row_length + i
     channels = tl.arange(0, DP)
     value_channels = tl.arange(0, DVP)
-    guard = tl.load(guard_in + padded)
+    # The first pass wrote rows of e, guard and gamma, in tiles of its own: none beyond T is sure.
+    guard = tl.load(guard_in + padded, mask=inside, other=0.0)
     live = guard > 0
     sigma_k, sigma_v = tl.load(sigma + key_head * 2), tl.load(sigma + key_head * 2 + 1)
     middle = tl.load(centre + key_head * DP + channels)[None, :]

@@ -22,6 +22,7 @@ from torch import Tensor
 from regard.gpu import interpreting
 from regard.gpu.inside import power_of_two
 from regard.gpu.start import start
+from regard.ops.local_linear.call import SINGLE
 from regard.ops.local_linear.layout import Inputs
 
 LOG2E = 1 / math.log(2.0)
@@ -58,16 +59,19 @@ def padded(channels: int) -> int:
     return max(16, 1 << max(channels - 1, 0).bit_length())
 
 
-def operand_dtype(inputs: Inputs) -> torch.dtype:
-    """float16 for 16-bit inputs on a GPU; the interpreter cannot multiply in 16 bits."""
-    if interpreting() or inputs.q.dtype == torch.float32:
+def operand_dtype(inputs: Inputs, single: bool = False) -> torch.dtype:
+    """float16 for 16-bit inputs on a GPU, or float32 where they are to be `single`.
+
+    The interpreter cannot multiply in 16 bits.
+    """
+    if single or interpreting() or inputs.q.dtype == torch.float32:
         return torch.float32
     return torch.float16
 
 
-def prepare(inputs: Inputs, dtype: torch.dtype | None = None) -> Prepared:
+def prepare(inputs: Inputs, precision: str = "auto") -> Prepared:
     """Nothing here waits for the device."""
-    dtype = operand_dtype(inputs) if dtype is None else dtype
+    dtype = operand_dtype(inputs, precision == SINGLE)
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (inputs.k, inputs.v))
     B, Hk, S, D = k.shape
     Dv, device = v.shape[3], k.device

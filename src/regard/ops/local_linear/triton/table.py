@@ -65,7 +65,16 @@ _HALF = {
 MANY_TILES = 2048
 _MANY = {"conjugate": {64: Config(64, 64, 4, 3, 168, True)}}
 # Scores with a bias or a decay need registers of their own.
-_SCORED = {"keys": {128: Config(32, 128, 8, 2)}}
+_SCORED = {
+    "mean": {64: Config(64, 64, 4, 3, 168, True)},
+    "conjugate": {64: Config(64, 64, 4, 3, 168, True)},
+    "keys": {128: Config(32, 128, 8, 2)},
+}
+# Without a decay, as where keys are masked, it is one number for a key.
+_BIASED = {
+    "start": {64: Config(64, 128, 4, 2, None, True)},
+    "output": {64: Config(64, 64, 4, 3, 168, True)},
+}
 # float32 operands: twice the memory, and three products for each.
 _SINGLE = {
     16: Config(64, 32, 4, 2), 32: Config(64, 32, 4, 2),
@@ -100,10 +109,12 @@ def config(
     interpreted: bool = False,
     scored: bool = False,
     tiles: int = 0,
+    decayed: bool = False,
 ) -> Config:
     """The configuration of a kernel for `width` channels.
 
-    `scored`: the scores have a bias or a decay. `tiles`: of 64 queries, in all heads.
+    `scored`: the scores have a bias or a decay, `decayed`: a decay. `tiles`: of 64 queries, in
+    all heads.
     """
     if interpreted:
         return _INTERPRETED
@@ -111,7 +122,8 @@ def config(
         found = _SINGLE_OF.get(kernel, _SINGLE)[width]
         return narrower(found) if scored else found
     if scored:
-        return _SCORED.get(kernel, {}).get(width) or narrower(_HALF[kernel][width])
+        biased = None if decayed else _BIASED.get(kernel, {}).get(width)
+        return biased or _SCORED.get(kernel, {}).get(width) or narrower(_HALF[kernel][width])
     many = _MANY.get(kernel, {}).get(width)
     return many if many and tiles > MANY_TILES else _HALF[kernel][width]
 
