@@ -61,7 +61,9 @@ def test_asking_for_a_gradient_changes_no_bit(isa, name, T, monkeypatch):
     op, qkv, options = calls(T)[name]
     walked = []
     plain = mapped.walk_mapped
-    monkeypatch.setattr(mapped, "walk_mapped", lambda *x: walked.append(1) or plain(*x))
+    monkeypatch.setattr(
+        mapped, "walk_mapped", lambda *x, **more: walked.append(1) or plain(*x, **more)
+    )
     alone, state = op(*qkv, causal=True, return_state=True, impl="native", **options)
     assert walked  # in C
     again = [x.clone().requires_grad_() for x in qkv]

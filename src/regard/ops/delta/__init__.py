@@ -10,7 +10,7 @@ from torch import Tensor
 from regard.core.state import FixedState
 from regard.ops.delta.forms import OWNER
 from regard.ops.delta.transformers_names import chunk_delta_rule, fused_recurrent_delta_rule
-from regard.ops.linear.delta import attend_by_delta
+from regard.ops.linear.delta import attend_by_delta, keys_of, scale_of
 from regard.ops.linear.problem import Problem
 
 __all__ = ["chunk_delta_rule", "delta_attention", "fused_recurrent_delta_rule"]
@@ -84,7 +84,8 @@ def delta_attention(
     tensor([1., 2., 5.])
     """
     problem = Problem(
-        q, k, v, causal, scale=scale, key_mask=key_mask, beta=beta, chunk=chunk_size,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+        q, k, v, causal, key_map=keys_of(normalise_keys), scale=scale_of(q, scale),
+        key_mask=key_mask, beta=beta, chunk=chunk_size, cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return attend_by_delta(OWNER, problem, ("beta",), normalise_keys, state, return_state, impl)

@@ -13,7 +13,7 @@ from regard.ops.gated_delta.transformers_names import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
 )
-from regard.ops.linear.delta import attend_by_delta
+from regard.ops.linear.delta import attend_by_delta, keys_of, scale_of
 from regard.ops.linear.problem import Problem
 
 __all__ = ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", "gated_delta_attention"]
@@ -93,8 +93,9 @@ def gated_delta_attention(
     tensor([0.5000, 1.0000, 2.5625])
     """
     problem = Problem(
-        q, k, v, causal, scale=scale, key_mask=key_mask, log_decay=log_decay, beta=beta,
-        chunk=chunk_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+        q, k, v, causal, key_map=keys_of(normalise_keys), scale=scale_of(q, scale),
+        key_mask=key_mask, log_decay=log_decay, beta=beta, chunk=chunk_size,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return attend_by_delta(
         OWNER, problem, ("beta", "log_decay"), normalise_keys, state, return_state, impl

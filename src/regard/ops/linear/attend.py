@@ -21,7 +21,7 @@ from regard.core.packed import check_packed
 from regard.core.precision import cast_for_autocast, without_autocast
 from regard.core.state import FixedState
 from regard.ops.linear.forms import Reference, build
-from regard.ops.linear.native import decode
+from regard.ops.linear.native import again as native_again
 from regard.ops.linear.problem import Problem, Solution
 from regard.ops.linear.states import check_fixed
 from regard.ops.linear.triton import again
@@ -65,14 +65,15 @@ def attend(
     own before. `finish` takes the solution to the output where that is not `solution.out`, in
     the compute dtype.
     """
-    op, signature, repeated = owner.op, None, None
-    if finish is None:  # a decoding step, or a call of kernels, like one before it
-        signature = decode.signature(op, problem, state, return_state, impl)
-        if signature is not None and signature in decode.checked:
-            assert state is not None
-            S, z = state.tensors["S"], state.tensors.get("z")
-            solution = decode.step(problem, S, z, signature[0])
-            return _answer(owner, solution.out, solution, state, 1, return_state)
+    op = owner.op
+    # A call like one before it, in C or as kernels.
+    signature, repeated = native_again.signature(op, problem, state, return_state, impl), None
+    if signature is not None:
+        solution = native_again.served(signature, problem, state)
+        if solution is not None:
+            out = solution.out if finish is None else finish(solution)
+            return _answer(owner, out, solution, state, problem.k.shape[2], return_state)
+    elif finish is None:
         repeated = again.signature(op, problem, state, return_state, impl)
         out = None if repeated is None else again.served(repeated, problem)
         if out is not None:
@@ -90,7 +91,7 @@ def attend(
     problem = problem._replace(wants_state=return_state)
     form = choose(op, owner.forms, impl, problem)
     if signature is not None and form.impl == "native":
-        decode.remember(signature)
+        native_again.remember(signature, problem, form)
     with without_autocast(q):
         solution = form.run(problem)
         out = solution.out if finish is None else finish(solution)
@@ -112,8 +113,9 @@ def _answer(
 ) -> Any:
     if not return_state:
         return out
-    tensors = {"S": solution.S, "z": solution.z}
-    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    kept = {} if solution.S is None else {"S": solution.S}
+    if solution.z is not None:
+        kept["z"] = solution.z
     length = state.length if state is not None else 0
     return out, FixedState(owner.state_name, length + tokens, kept)
 

@@ -28,15 +28,24 @@ def attend_by_delta(
 
     Tokens correct what the state holds for their key: u_t = beta_t (v_t - S^T k_t).
     """
-    check_flag(owner.op, "normalise_keys", normalise_keys)
+    if normalise_keys is not True:
+        check_flag(owner.op, "normalise_keys", normalise_keys)
     for name in required:
         if not isinstance(getattr(problem, name), Tensor):
             raise reject(owner.op, name, "a torch.Tensor", getattr(problem, name), kind=TypeError)
-    scale, q = problem.scale, problem.q
-    if scale is None and isinstance(q, Tensor) and q.dim() and q.shape[-1]:
-        scale = q.shape[-1] ** -0.5
-    problem = problem._replace(key_map=UNIT if normalise_keys else IDENTITY, scale=scale)
     return attend(owner, problem, state=state, return_state=return_state, impl=impl)
+
+
+def keys_of(normalise_keys: bool) -> Feature:
+    """The map of keys."""
+    return UNIT if normalise_keys is True else IDENTITY
+
+
+def scale_of(q: Any, scale: Any) -> Any:
+    """D ** -0.5 where no scale is given; what is no tensor is left to the checks."""
+    if scale is None and isinstance(q, Tensor) and q.dim() and q.shape[-1]:
+        return q.shape[-1] ** -0.5
+    return scale
 
 
 def operands(problem: Problem, state: FixedState | None) -> dict[str, Any]:

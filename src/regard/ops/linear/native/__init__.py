@@ -4,7 +4,9 @@
 - `settle.h`, `settle.c`: what the tokens of a pass have to do with each other
 - `decays.h`, `chunk.h`, `run.h`: factors of decays, runs of tokens, a panel on its way along them
 - `head.h`, `jobs.h`, `walk.c`, `gradient.c`: heads, threads, forward, backward
+- `straight.h`, `straight.c`: passes and what is between them as one loop, where all decays alike
 - `decode.h`, `decode.c`, `decode.py`: one token after a past
+- `again.py`: calls like one before, which need no check
 - `maps.h`, `product.h`, `whole.h`, `whole.c`, `whole_gradient.c`, `whole.py`: no order of tokens
 - `unit.c`, `unit.py`: keys of the delta rule
 - `activate.h`, `activate.c`, `activate.py`, `blocks.py`: feature maps that are learned, in pieces

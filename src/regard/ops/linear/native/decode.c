@@ -48,37 +48,59 @@ static void map_row(int64_t map, const float *x, int64_t count, double scale, fl
     }
 }
 
-/* The columns [column, column + vectors * W) of a state, or fewer at its end. */
+/* What a step of one key head is made of, its rows prepared; `plain`: no decay is 0. */
+typedef struct {
+    const float *key, *decay, *held_by; /* the last: key times decay */
+    const float *queries, *value, *inverse;
+    int64_t stride;
+    float beta;
+    int plain;
+} Prepared;
+
+INLINE vector step_load(const int whole, const float *from, int64_t left) {
+    return whole ? v_load(from) : part_load(from, left);
+}
+
+INLINE void step_store(const int whole, float *to, vector x, int64_t left) {
+    if (whole) v_store(to, x);
+    else part_store(to, x, left);
+}
+
+/* The columns [column, column + vectors * W) of a state: all of them (`whole`), or up to its end.
+ * A row that is forgotten may hold anything: only where there is none (`plain`) is it read. */
 INLINE void step_columns(
-    const int vectors, const Step *s, int64_t n, int64_t column, const float *key,
-    const float *decay, const float *queries, int64_t stride, float beta, const float *value,
-    const float *inverse, float *out
+    const int vectors, const int whole, const int plain, const Step *s, const Prepared *p,
+    int64_t n, int64_t column, float *out
 ) {
     const int64_t F = s->features, E = s->channels, group = s->heads / s->key_heads;
     const int64_t left = E - column;
     const float *from = s->state ? s->state + n * F * E + column : 0;
     float *to = s->next_state + n * F * E + column;
     vector write[WIDE], seen[WIDE];
-    EACH(v, vectors) write[v] = part_load(value + v * REGARD_WIDTH, left - v * REGARD_WIDTH);
-    if (s->beta.data) {
+    EACH(v, vectors)
+        write[v] = step_load(whole, p->value + column + v * REGARD_WIDTH, left - v * REGARD_WIDTH);
+    if (s->beta) {
         vector held[WIDE];
         EACH(v, vectors) held[v] = (vector){0};
         for (int64_t row = 0; from && row < F; row++) {
-            if (decay[row] == 0) continue;
-            const float weight = key[row] * decay[row];
-            EACH(v, vectors) held[v] += weight * part_load(from + row * E + v * REGARD_WIDTH,
-                                                           left - v * REGARD_WIDTH);
+            if (!plain && p->decay[row] == 0) continue;
+            const float weight = p->held_by[row];
+            EACH(v, vectors) {
+                const int64_t c = v * REGARD_WIDTH;
+                held[v] += weight * step_load(whole, from + row * E + c, left - c);
+            }
         }
-        EACH(v, vectors) write[v] = beta * (write[v] - held[v]);
+        EACH(v, vectors) write[v] = p->beta * (write[v] - held[v]);
     }
     EACH(v, vectors) seen[v] = (vector){0};
     for (int64_t row = 0; row < F; row++) {
+        const int kept = from && (plain || p->decay[row] != 0);
         EACH(v, vectors) {
             const int64_t c = v * REGARD_WIDTH;
-            vector x = key[row] * write[v];
-            if (from && decay[row] != 0) x += decay[row] * part_load(from + row * E + c, left - c);
-            part_store(to + row * E + c, x, left - c);
-            seen[v] += queries[row] * x;
+            vector x = p->key[row] * write[v];
+            if (kept) x += p->decay[row] * step_load(whole, from + row * E + c, left - c);
+            step_store(whole, to + row * E + c, x, left - c);
+            seen[v] += p->queries[row] * x;
         }
     }
     for (int64_t h = 0; h < group; h++) {
@@ -86,14 +108,25 @@ INLINE void step_columns(
             EACH(v, vectors) seen[v] = (vector){0};
             for (int64_t row = 0; row < F; row++) EACH(v, vectors) {
                 const int64_t c = v * REGARD_WIDTH;
-                seen[v] += queries[h * stride + row] * part_load(to + row * E + c, left - c);
+                const vector x = step_load(whole, to + row * E + c, left - c);
+                seen[v] += p->queries[h * p->stride + row] * x;
             }
         }
         EACH(v, vectors) {
             const int64_t c = v * REGARD_WIDTH;
-            part_store(out + h * E + column + c, seen[v] * inverse[h], left - c);
+            step_store(whole, out + h * E + column + c, seen[v] * p->inverse[h], left - c);
         }
     }
+}
+
+static void step_head(const Step *s, const Prepared *p, int64_t n, float *out) {
+    const int64_t E = s->channels;
+    int64_t column = 0;
+    for (; E - column >= WIDE * REGARD_WIDTH; column += WIDE * REGARD_WIDTH) {
+        if (p->plain && s->state) step_columns(WIDE, 1, 1, s, p, n, column, out);
+        else step_columns(WIDE, 1, 0, s, p, n, column, out);
+    }
+    for (; column < E; column += REGARD_WIDTH) step_columns(1, 0, 0, s, p, n, column, out);
 }
 
 /* Sums of weights of the queries, turned round, and the next z. */
@@ -128,8 +161,8 @@ static void step_weights(
     }
 }
 
-static const float *step_row(StepOperand x, int64_t b, int64_t h) {
-    return x.data + b * x.batch + h * x.head;
+static const float *step_row(const float *x, StepStrides at, int64_t b, int64_t h) {
+    return x + b * at.batch + h * at.head;
 }
 
 REGARD_EXPORT(int64_t, linear_step_size)(void) { return sizeof(Step); }
@@ -138,21 +171,21 @@ REGARD_EXPORT(int64_t, linear_step_size)(void) { return sizeof(Step); }
 REGARD_EXPORT(int64_t, linear_step)(const Step *s) {
     const int64_t F = s->features, E = s->channels, group = s->heads / s->key_heads;
     const int64_t stride = up_to(F, REGARD_WIDTH);
-    float *block = aligned_block(((2 + group) * stride + group) * (int64_t)sizeof(float));
+    float *block = aligned_block(((3 + group) * stride + group) * (int64_t)sizeof(float));
     if (!block) return REGARD_NO_MEMORY;
-    float *key = block, *decay = key + stride, *queries = decay + stride;
-    float *inverse = queries + group * stride;
+    float *key = block, *decay = key + stride, *held_by = decay + stride;
+    float *queries = held_by + stride, *inverse = queries + group * stride;
     for (int64_t n = 0; n < s->batch * s->key_heads; n++) {
         const int64_t b = n / s->key_heads, hk = n % s->key_heads;
-        map_row(s->key_map, step_row(s->k, b, hk), F, 1.0, key);
+        map_row(s->key_map, step_row(s->k, s->k_at, b, hk), F, 1.0, key);
         for (int64_t h = 0; h < group; h++) {
-            map_row(s->query_map, step_row(s->q, b, hk * group + h), F, s->scale,
+            map_row(s->query_map, step_row(s->q, s->q_at, b, hk * group + h), F, s->scale,
                     queries + h * stride);
             inverse[h] = 1;
         }
         for (int64_t row = 0; row < stride; row++) decay[row] = 1;
-        if (s->log_decay.data) {
-            const float *log_decay = step_row(s->log_decay, b, hk);
+        if (s->log_decay) {
+            const float *log_decay = step_row(s->log_decay, s->log_decay_at, b, hk);
             double owed[DOUBLES];
             if (s->per_channel) for (int64_t row = 0; row < F; row += DOUBLES) {
                 const int64_t count = F - row < DOUBLES ? F - row : DOUBLES;
@@ -162,17 +195,15 @@ REGARD_EXPORT(int64_t, linear_step)(const Step *s) {
                 for (int64_t row = 1; row < F; row++) decay[row] = decay[0];
             }
         }
+        int plain = 1;
+        for (int64_t row = 0; row < F; row++) plain &= decay[row] != 0;
+        for (int64_t row = 0; row < F; row++) held_by[row] = key[row] * decay[row];
         if (s->normaliser) step_weights(s, n, key, decay, queries, stride, inverse);
-        const float *value = step_row(s->v, b, hk);
-        const float beta = s->beta.data ? *step_row(s->beta, b, hk) : 0;
-        float *out = s->out + n * group * E;
-        int64_t column = 0;
-        for (; E - column >= WIDE * REGARD_WIDTH; column += WIDE * REGARD_WIDTH)
-            step_columns(WIDE, s, n, column, key, decay, queries, stride, beta, value + column,
-                         inverse, out);
-        for (; column < E; column += REGARD_WIDTH)
-            step_columns(1, s, n, column, key, decay, queries, stride, beta, value + column,
-                         inverse, out);
+        const Prepared p = {
+            key, decay, held_by, queries, step_row(s->v, s->v_at, b, hk), inverse, stride,
+            s->beta ? *step_row(s->beta, s->beta_at, b, hk) : 0, plain
+        };
+        step_head(s, &p, n, s->out + n * group * E);
     }
     free_block(block);
     return 0;

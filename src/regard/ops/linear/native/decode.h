@@ -6,19 +6,20 @@
 
 enum { MAP_IDENTITY, MAP_UNIT, MAP_ELU, MAP_RELU };
 
-/* float32; strides in elements over batch and heads, the last axis contiguous. */
+/* Elements between batches and heads of an operand, whose last axis is contiguous. */
 typedef struct {
-    const float *data;
     int64_t batch, head;
-} StepOperand;
+} StepStrides;
 
+/* All float32. What changes from token to token comes first. */
 typedef struct {
+    const float *q, *k, *v, *log_decay, *beta; /* the last two may be NULL */
+    const float *state, *total;                /* contiguous, or NULL for zeros */
+    float *out, *next_state, *next_total;
     int64_t batch, heads, key_heads, features, channels;
     int64_t query_map, key_map, per_channel, normaliser;
     double scale, minimum, epsilon;
-    StepOperand q, k, v, log_decay, beta; /* the last two may be NULL */
-    const float *state, *total;           /* contiguous, or NULL for zeros */
-    float *out, *next_state, *next_total;
+    StepStrides q_at, k_at, v_at, log_decay_at, beta_at;
 } Step;
 
 #endif

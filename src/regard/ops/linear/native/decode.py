@@ -1,8 +1,7 @@
 """A decoding step: where nothing is traced and nothing needs a gradient, C is called directly.
 
-A step costs C as much as Python needs to check it. What its checks look at, metadata and options,
-is the same from token to token: `signature` names all of it, and a call whose signature was
-checked once goes straight to C.
+A step costs C as much as Python needs to check it: `again.py` has a call that is like one before
+it go straight to `plan`.
 """
 
 from __future__ import annotations
@@ -10,62 +9,25 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.core.dispatch import is_asking
-from regard.core.state import FixedState
 from regard.native import chosen, function
 from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER
 from regard.ops.linear.native.walk import OP
 from regard.ops.linear.problem import Problem, Solution
 
-_STEP = struct.Struct("=9q 3d 15q 5q")  # `Step` of decode.h
+# `Step` of decode.h: what changes from token to token, then what does not.
+_POINTERS = struct.Struct("=10Q")
+_REST = struct.Struct("=9q 3d 10q")
 _MAPS = {"identity": 0, "unit": 1, "elu": 2, "relu": 3}
 _NUMBERS = {float, int, type(None)}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
-
-_MOST_SIGNATURES = 1024
-
-checked: set[tuple[Any, ...]] = set()  # signatures of calls that passed and that this form serves
-
-
-def signature(
-    op: str, problem: Problem, state: Any, return_state: bool, impl: str
-) -> tuple[Any, ...] | None:
-    """All that decides about an unchecked call of `op`, for the next one; None if it is no step."""
-    q, k, v = problem.q, problem.k, problem.v
-    if torch.compiler.is_compiling() or not {type(q), type(k), type(v)} <= _PLAIN:
-        return None
-    if not (q.dim() == k.dim() == 4 and q.shape[2] == 1) or type(state) is not FixedState:
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
-    known = problem.causal is True and (return_state is True or return_state is False)
-    if not known or type(problem.scale) not in _NUMBERS or is_asking():
-        return None
-    S, z = state.tensors.get("S"), state.tensors.get("z")
-    if not (_fits(problem) and untraced(problem, S, z)):
-        return None
-    operands = [
-        None if x is None else (x.shape, x.dtype) for x in (problem.log_decay, problem.beta, S, z)
-    ]
-    return (
-        chosen(), op, impl, return_state, state.mechanism, len(state.tensors), q.shape, k.shape,
-        v.shape, k.dtype, v.dtype, problem.scale, problem.normaliser, problem.epsilon,
-        problem.query_map.name, problem.key_map.name, *operands,
-    )  # fmt: skip
-
-
-def remember(signature: tuple[Any, ...]) -> None:
-    """Lets the next call of that signature go straight to C."""
-    if len(checked) >= _MOST_SIGNATURES:
-        checked.clear()
-    checked.add(signature)
+Run = Callable[[Problem, Tensor | None, Tensor | None], Solution]  # a problem, its S and z
 
 
 def serves(problem: Problem) -> bool:
@@ -111,50 +73,94 @@ def untraced(problem: Problem, S: Tensor | None, z: Tensor | None) -> bool:
 
 def decode(problem: Problem) -> Solution:
     """The solution of a problem that `serves`; the state is always brought."""
-    return step(problem, problem.S, problem.z, chosen())
+    return _prepared(chosen(), problem, problem.S, problem.z)
 
 
-def step(problem: Problem, S: Tensor | None, z: Tensor | None, isa: str | None) -> Solution:
-    """The same with S and z in the place of the problem's, by one instruction set."""
-    q, k, v = problem.q, problem.k, problem.v
-    (B, H, _, F), (_, Hk, _, E) = q.shape, v.shape
-    log_decay, beta = _float32(problem.log_decay), _float32(problem.beta)
-    normaliser = NO_NORMALISER
-    if problem.normaliser is not None:
-        normaliser = BY_SUM if problem.minimum is None else BY_CLAMP
-    out, following = q.new_empty(B, H, 1, E), q.new_empty(B, Hk, F, E)
-    total = q.new_empty(B, Hk, F) if normaliser else None
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+def plan(problem: Problem, isa: str | None) -> Run:
+    """What runs every step that has the metadata and options of this one, which `serves`."""
+    q, k, v, log_decay, beta = given = _operands(problem)
+    before = problem.S, problem.z
+    if any(x is not None and not x.is_contiguous() for x in before) or any(
+        x is not y for x, y in zip(given, _ready(*given), strict=True)
+    ):
+        return partial(_prepared, isa)  # copies are made of some
+    rest, kernel = _rest(problem, q, k, v, log_decay, beta), _kernel(isa)
+    of_out, of_state, of_total = _rooms(problem)
+    pack = _POINTERS.pack
+
+    def run(problem: Problem, S: Tensor | None, z: Tensor | None) -> Solution:
+        q, log_decay, beta = problem.q, problem.log_decay, problem.beta
+        out, following = q.new_empty(of_out), q.new_empty(of_state)
+        total = None if of_total is None else q.new_empty(of_total)
+        pointers = pack(
+            q.data_ptr(), problem.k.data_ptr(), problem.v.data_ptr(),
+            0 if log_decay is None else log_decay.data_ptr(),
+            0 if beta is None else beta.data_ptr(), 0 if S is None else S.data_ptr(),
+            0 if z is None else z.data_ptr(), out.data_ptr(), following.data_ptr(),
+            0 if total is None else total.data_ptr(),
+        )  # fmt: skip
+        if kernel(pointers + rest):
+            raise _no_memory()
+        return Solution(out, following, total)
+
+    return run
+
+
+def _prepared(isa: str | None, problem: Problem, S: Tensor | None, z: Tensor | None) -> Solution:
+    """A step of operands that may need a copy first."""
+    given = _ready(*_operands(problem))
     S, z = (x if x is None or x.is_contiguous() else x.contiguous() for x in (S, z))
-    packed = _STEP.pack(
-        B, H, Hk, F, E, _MAPS[problem.query_map.name], _MAPS[problem.key_map.name],
-        problem.per_channel, normaliser,
-        1.0 if problem.scale is None or normaliser == BY_SUM else problem.scale,
-        problem.minimum or 0.0, problem.epsilon,
-        *_operand(q), *_operand(k), *_operand(v), *_operand(log_decay), *_operand(beta),
-        _pointer(S), _pointer(z), out.data_ptr(), following.data_ptr(), _pointer(total),
-    )  # fmt: skip
-    if _kernel(isa)(packed):
-        raise MemoryError(f"{OP}: no memory for a decoding step")
+    results = [None if room is None else problem.q.new_empty(room) for room in _rooms(problem)]
+    pointers = [0 if x is None else x.data_ptr() for x in (*given, S, z, *results)]
+    if _kernel(isa)(_POINTERS.pack(*pointers) + _rest(problem, *given)):
+        raise _no_memory()
+    out, following, total = results
+    assert out is not None
     return Solution(out, following, total)
 
 
-def _float32(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    x = x if x.dtype == torch.float32 else x.float()
-    return x if x.dim() < 4 or x.stride(3) == 1 else x.contiguous()
+def _no_memory() -> MemoryError:
+    return MemoryError(f"{OP}: no memory for a decoding step")
 
 
-def _operand(x: Tensor | None) -> tuple[int, int, int]:
-    """`StepOperand` of a tensor [B, 1 | H, 1, ...]."""
-    if x is None:
-        return 0, 0, 0
-    return x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
+def _operands(problem: Problem) -> tuple[Any, ...]:
+    return problem.q, problem.k, problem.v, problem.log_decay, problem.beta
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _ready(*operands: Tensor | None) -> list[Any]:
+    """float32, the last of four axes contiguous."""
+    found: list[Any] = []
+    for x in operands:
+        if x is not None and x.dtype != torch.float32:
+            x = x.float()
+        found.append(x if x is None or x.dim() < 4 or x.stride(3) == 1 else x.contiguous())
+    return found
+
+
+def _rooms(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """The sizes of the output, of the next S and of the next z."""
+    (B, H, _, F), (_, Hk, _, E) = problem.q.shape, problem.v.shape
+    return (B, H, 1, E), (B, Hk, F, E), None if problem.normaliser is None else (B, Hk, F)
+
+
+def _rest(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bytes:
+    """All of a `Step` but its pointers."""
+    (B, H, _, F), (_, Hk, _, E) = q.shape, v.shape
+    normaliser = NO_NORMALISER
+    if problem.normaliser is not None:
+        normaliser = BY_SUM if problem.minimum is None else BY_CLAMP
+    strides = [n for x in (q, k, v, *others) for n in _strides(x)]
+    return _REST.pack(
+        B, H, Hk, F, E, _MAPS[problem.query_map.name], _MAPS[problem.key_map.name],
+        problem.per_channel, normaliser,
+        1.0 if problem.scale is None or normaliser == BY_SUM else problem.scale,
+        problem.minimum or 0.0, problem.epsilon, *strides,
+    )  # fmt: skip
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    """`StepStrides` of a tensor [B, 1 | H, 1, ...]."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1) if x.shape[1] > 1 else 0)
 
 
 @cache
@@ -162,7 +168,7 @@ def _kernel(isa: str | None) -> Callable[[bytes], int]:
     """The step of the best instruction set, or of one, for the bytes of a `Step`."""
     size = function(OP, "linear_step_size", isa)
     size.restype, size.argtypes = ctypes.c_int64, []
-    if size() != _STEP.size:
+    if size() != _POINTERS.size + _REST.size:
         raise RuntimeError(f"{OP}: decode.h and decode.py disagree about the size of a step")
     run = function(OP, "linear_step", isa)
     run.restype, run.argtypes = ctypes.c_int64, [ctypes.c_char_p]

@@ -80,13 +80,20 @@ static void walk_errors(
         panel->run = forward_run(call, head, worker, b, h, column);
         panel->run.blind = 1;
         panel->run.missed = (Output){head->error + column, E, 0, 0};
+        if (!crew->team) panel->run.settled = head->settled;
         start(panel, call->state ? call->state + nk * F * E + column : 0, E, 0);
     }
     for (int64_t block = 0; block < blocks_of(head->count); block++) {
         const int64_t first = block * BLOCK, last = end_of(head, block);
-        if (!crew->team) ready_silenced_keys(call, head, worker->zeros, first, last);
-        for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
+        if (!crew->team) {
+            ready_silenced_keys(call, head, worker->zeros, first, last);
+            const Numbers by = {head->factor, head->beta, 0};
+            if (head->settled) ready_straight(head, head->keys, by, 2, first, last);
+        }
+        for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
+            worker->panel[p].run.settled_from = first;
             steps(&worker->panel[p].walker, first, last);
+        }
     }
 }
 
@@ -124,14 +131,21 @@ static void walk_back_values(
         const int64_t column = p * COLUMNS;
         Panel *panel = worker->panel + p;
         panel->run = back_values_run(call, head, worker, b, h, column);
+        if (!crew->team) panel->run.settled = head->settled;
         start(panel, last ? last + nk * F * E + column : 0, E, 0);
     }
     for (int64_t block = blocks_of(head->count) - 1; block >= 0; block--) {
         const int64_t first = block * BLOCK, last = end_of(head, block);
         if (!crew->team && (!head->beta || adds(call, h)))
             ready_silenced_keys(call, head, worker->zeros, first, last);
-        for (int64_t p = crew->member; p < panels_of(E); p += crew->members)
+        if (!crew->team && head->settled) {
+            const Numbers by = {head->factor, head->beta ? head->beta : head->inverse, 0};
+            ready_straight_back(head, head->keys, by, head->beta != 0, first, last);
+        }
+        for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
+            worker->panel[p].run.settled_from = first;
             steps(&worker->panel[p].walker, first, last);
+        }
     }
     if (!call->d_state) return;
     for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {

@@ -18,6 +18,8 @@ typedef struct {
     uint8_t *silent[2];    /* per token: do, du are all zero */
     float *sums;           /* [panel][token]: what each panel adds to the decay's gradient */
     vector *total;
+    Settled *settled;      /* of the chunks of a block, or of all where threads work together */
+    float left;            /* the last chunk's `after` */
     int64_t count; /* of chunks */
     Rows q, k;     /* as the walk reads them; `made` is where mapped ones lie: of two blocks in
                     * turn, as what is written waits for the next pass, or of all tokens */
@@ -70,6 +72,8 @@ static Head cut_head(const Call *call, int backward, int together, char **at) {
     }
     head.chunks = take_bytes(at, T * (int64_t)sizeof(Chunk));
     head.keys = take_bytes(at, T * (int64_t)sizeof(Scores));
+    if (!call->per_channel)
+        head.settled = take_bytes(at, (together ? T : BLOCK) * (int64_t)sizeof(Settled));
     if (call->beta.data) {
         head.beta = take_bytes(at, floats);
         if (backward) {
@@ -240,6 +244,30 @@ static void ready_keys(
     );
 }
 
+/* What straight runs need of the chunks [first, last), whose products are there. */
+REGARD_SHARED void ready_straight(
+    Head *head, const Scores *scores, Numbers by, int kinds, int64_t first, int64_t last
+) {
+    if (first == 0) head->left = 1;
+    for (int64_t c = first; c < last; c++) {
+        Settled *to = head->settled + (c - first);
+        if (kinds > 1) settled_(0, 2, 0, head->chunks[c], scores + c, by, &head->left, to);
+        else settled_(0, 1, 0, head->chunks[c], scores + c, by, &head->left, to);
+    }
+}
+
+/* The same for runs towards the first token; with `carries` they are the delta rule's. */
+REGARD_SHARED void ready_straight_back(
+    Head *head, const Scores *scores, Numbers by, int carries, int64_t first, int64_t last
+) {
+    if (last == head->count) head->left = 1;
+    for (int64_t c = last - 1; c >= first; c--) {
+        Settled *to = head->settled + (c - first);
+        if (carries) settled_(1, 2, 1, head->chunks[c], scores + c, by, &head->left, to);
+        else settled_(1, 1, 0, head->chunks[c], scores + c, by, &head->left, to);
+    }
+}
+
 /* Rows as the caller gave them. */
 static void plain_rows(const Call *call, Head *head, int64_t b, int64_t h) {
     head->q = of_operand(&call->q, b, h);
@@ -316,9 +344,10 @@ static void store_panel(const Run *run, const vector *state, int64_t width, int 
     }
 }
 
-static void forward_rows(const Head *head, Run *run) {
+static void forward_rows(const Head *head, Run *run, int64_t settled_from) {
     run->read[0] = head->q;
     run->write[0] = run->read[1] = head->k;
+    run->settled_from = settled_from;
 }
 
 /* The run of the forward, over the panel at `column`. */
@@ -327,7 +356,7 @@ static Run forward_run(
 ) {
     Run run = over_values(call, head, worker, column);
     const int64_t hk = h / (call->heads / call->key_heads);
-    forward_rows(head, &run);
+    forward_rows(head, &run, 0);
     run.value[0] = shifted(of_operand(&call->v, b, hk), column);
     if (head->beta) run.rule = CORRECTS, run.second_read = 1;
     return run;

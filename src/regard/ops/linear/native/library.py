@@ -16,7 +16,7 @@ _INTEGERS = (
     "batch", "heads", "key_heads", "tokens", "features", "channels", "per_channel", "normaliser",
     "threads",
 )  # fmt: skip
-_OPERANDS = ("q", "k", "v", "log_decay", "beta")
+OPERANDS = ("q", "k", "v", "log_decay", "beta")
 _POINTERS = ("state", "total", "out", "weight", "last_state", "last_total")
 _GRADIENTS = (
     "given_weight", "d_last_state", "d_last_total", "dq", "dk", "dv", "d_log_decay", "d_beta",
@@ -53,7 +53,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _INTEGERS),
         ("minimum", ctypes.c_double),
         ("epsilon", ctypes.c_double),
-        *((name, Operand) for name in _OPERANDS),
+        *((name, Operand) for name in OPERANDS),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("d_out", Operand),
         ("given_out", Operand),

@@ -8,13 +8,15 @@ gradients that is done where a forward is made again in its backward pass (`bloc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from regard.ops.linear.native.activate import KINDS
-from regard.ops.linear.native.decode import untraced
+from regard.ops.linear.native.decode import Run, untraced
 from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER, Map
-from regard.ops.linear.native.walk import walk_mapped
+from regard.ops.linear.native.walk import planned, walk_mapped
 from regard.ops.linear.problem import Feature, Problem, Solution, Solve
 
 _PLAIN = {"identity": 0, "unit": 2, "relu": 3}  # of call.h
@@ -30,6 +32,12 @@ def in_walk(solve: Solve) -> Solve:
 
 def serves(problem: Problem) -> bool:
     """Whether it is a causal problem of float32 tokens with such maps and without gradients."""
+    maps = problem.query_map, problem.key_map
+    some = any(map.name != "identity" for map in maps) or problem.scale is not None
+    return some and _fits(problem)
+
+
+def _fits(problem: Problem) -> bool:
     maps, q = (problem.query_map, problem.key_map), problem.q
     return (
         problem.causal
@@ -39,7 +47,6 @@ def serves(problem: Problem) -> bool:
         and problem.v.numel() > 0
         and problem.key_mask is None
         and type(problem.scale) in _NUMBERS
-        and (any(map.name != "identity" for map in maps) or problem.scale is not None)
         and all(_known(map) for map in maps)
         and not any(x.requires_grad and torch.is_grad_enabled() for m in maps for x in m.weights)
         and untraced(problem, problem.S, problem.z)
@@ -88,23 +95,61 @@ def _map(feature: Feature, inner: int, scale: float) -> tuple[Map, list[Tensor]]
 
 
 def _walk(problem: Problem) -> Solution:
-    minimum, scale = problem.minimum, problem.scale
-    normaliser = NO_NORMALISER
-    if problem.normaliser is not None:
-        normaliser = BY_SUM if minimum is None else BY_CLAMP
-    inner, heads = problem.q.shape[3], problem.k.shape[1]
-    log_decay, beta = problem.log_decay, problem.beta
-    if log_decay is not None:
-        log_decay = log_decay.expand(-1, heads, *log_decay.shape[2:])
-    if beta is not None:
-        beta = beta.expand(-1, heads, -1)
-    of_q, weights_q = _map(problem.query_map, inner, 1.0 if scale is None else float(scale))
-    of_k, weights_k = _map(problem.key_map, inner, 1.0)
-    walked = walk_mapped(
-        problem.q, problem.k, problem.v, log_decay, beta, problem.S, problem.z, normaliser,
-        minimum or 0.0, problem.epsilon, problem.key_map.width(inner), (of_q, of_k),
-    )  # fmt: skip
-    del weights_q, weights_k
+    maps, kept = _maps(problem)
+    walked = walk_mapped(*_operands(problem), *_options(problem), maps=maps)
+    del kept
     if not problem.wants_state:
         return Solution(walked.out)
-    return Solution(walked.out, walked.S, walked.z if normaliser else None)
+    return Solution(walked.out, walked.S, walked.z if problem.normaliser is not None else None)
+
+
+def plan(problem: Problem, isa: str | None) -> Run | None:
+    """What runs every problem with the metadata and options of this one; None for copies.
+
+    It brings the bits that `serve` brings, which leaves out maps that are identities.
+    """
+    if not _fits(problem):
+        return None
+    maps, kept = _maps(problem)
+    given = [x for m in (problem.query_map, problem.key_map) for x in m.weights]
+    if [x.data_ptr() for x in kept] != [x.data_ptr() for x in given]:
+        return None
+    told = *_operands(problem), *_options(problem)
+    run = planned(*told, maps=maps, wants_state=problem.wants_state, isa=isa)
+    if run is None:
+        return None
+
+    def again(problem: Problem, S: Tensor | None, z: Tensor | None) -> Solution:
+        q, k, v, log_decay, beta, _, _ = _operands(problem)
+        both = problem.query_map.weights, problem.key_map.weights
+        weights = tuple(given[0] if given else None for given in both)
+        return Solution(*run((q, k, v, log_decay, beta, S, z), weights))
+
+    return again
+
+
+def _maps(problem: Problem) -> tuple[tuple[Map, Map], list[Tensor]]:
+    """Both maps for C, and the tensors that must live as long."""
+    inner, scale = problem.q.shape[3], problem.scale
+    of_q, kept = _map(problem.query_map, inner, 1.0 if scale is None else float(scale))
+    of_k, others = _map(problem.key_map, inner, 1.0)
+    return (of_q, of_k), kept + others
+
+
+def _operands(problem: Problem) -> tuple[Any, ...]:
+    """q, k, v, log_decay and beta of every key head, S, z."""
+    log_decay, beta, heads = problem.log_decay, problem.beta, problem.k.shape[1]
+    if log_decay is not None and log_decay.shape[1] != heads:
+        log_decay = log_decay.expand(-1, heads, *log_decay.shape[2:])
+    if beta is not None and beta.shape[1] != heads:
+        beta = beta.expand(-1, heads, -1)
+    return problem.q, problem.k, problem.v, log_decay, beta, problem.S, problem.z
+
+
+def _options(problem: Problem) -> tuple[Any, ...]:
+    """The normaliser, its numbers, the width of the features."""
+    minimum, normaliser = problem.minimum, NO_NORMALISER
+    if problem.normaliser is not None:
+        normaliser = BY_SUM if minimum is None else BY_CLAMP
+    width = problem.key_map.width(problem.q.shape[3])
+    return normaliser, minimum or 0.0, problem.epsilon, width

@@ -14,9 +14,17 @@ typedef struct {
 /* Chunks that all panels go through before the next ones: their rows stay in the L2 cache. */
 #define BLOCK 32
 
+typedef struct Walker Walker;
+typedef void (*Straight)(Walker *w, int64_t first, int64_t last);
+
+/* The loop of a run without exceptions, or NULL (`straight.c`). */
+#define straight_of REGARD_JOIN(linear_straight_of, REGARD_ISA)
+Straight straight_of(const Run *run);
+
 /* A run in progress. */
-typedef struct {
+struct Walker {
     const Run *run;
+    Straight straight;
     Pass pass, flush;
     Settle settle;
     vector *state; /* [rows + extra][vectors] */
@@ -27,14 +35,14 @@ typedef struct {
     int cleared;        /* what is in `state` is forgotten */
     Rows write_extra;
     Sweep sweep;
-} Walker;
+};
 
 static int64_t row_stride(int64_t rows) { return up_to(rows, REGARD_WIDTH); }
 
 /* Floats of `prepared`: reads, writes (twice 2 kinds) and the whole decay. */
-static int64_t prepared_floats(int64_t rows) { return (4 * TOKENS + 1) * row_stride(rows); }
+REGARD_SHARED int64_t prepared_floats(int64_t rows) { return (4 * TOKENS + 1) * row_stride(rows); }
 
-static void write_nothing(Walker *w) {
+REGARD_SHARED void write_nothing(Walker *w) {
     Sweep *s = &w->sweep;
     memset(s->weight, 0, sizeof s->weight);
     for (int i = 0; i < 2; i++) s->write[i] = (Rows){w->run->zeros, 0};
@@ -43,18 +51,19 @@ static void write_nothing(Walker *w) {
     s->row_decay = w->run->ones;
 }
 
-static void begin(Walker *w, int dot) {
+REGARD_SHARED void begin(Walker *w, int dot) {
     const Run *run = w->run;
     const int reads = 1 + (run->second_read && !run->blind);
     w->pass = pass_of(run->decay, reads, 1 + run->second_write, dot, run->vectors);
     w->flush = pass_of(run->decay, 0, 1 + run->second_write, 0, run->vectors);
     w->settle = settle_of(run);
+    w->straight = straight_of(run);
     w->cleared = 0;
     write_nothing(w);
 }
 
 /* A pass over all rows, the extra one included. */
-static void pass_over(const Walker *w, Pass pass, Rows read_extra, Sweep *s) {
+REGARD_SHARED void pass_over(const Walker *w, Pass pass, Rows read_extra, Sweep *s) {
     const Run *run = w->run;
     s->rows = run->rows;
     pass(s);
@@ -72,7 +81,7 @@ static void pass_over(const Walker *w, Pass pass, Rows read_extra, Sweep *s) {
 }
 
 /* Rows of a chunk: as they are where it is full, else with zeros for the tokens that it lacks. */
-static Rows rows_of(const Run *run, Rows rows, Chunk chunk, float *padded, int64_t stride) {
+REGARD_SHARED Rows rows_of(const Run *run, Rows rows, Chunk chunk, float *padded, int64_t stride) {
     const float *at = rows.at + chunk.start * rows.step;
     if (chunk.count == TOKENS) return (Rows){at, rows.step};
     for (int64_t i = 0; i < TOKENS; i++) {
@@ -83,7 +92,7 @@ static Rows rows_of(const Run *run, Rows rows, Chunk chunk, float *padded, int64
     return (Rows){padded, stride};
 }
 
-static Rows extra_of(Rows rows, Chunk chunk, float *padded) {
+REGARD_SHARED Rows extra_of(Rows rows, Chunk chunk, float *padded) {
     const float *at = rows.at + chunk.start * rows.step;
     if (chunk.count == TOKENS) return (Rows){at, rows.step};
     for (int64_t i = 0; i < TOKENS; i++) padded[i] = i < chunk.count ? at[i * rows.step] : 0;
@@ -92,7 +101,7 @@ static Rows extra_of(Rows rows, Chunk chunk, float *padded) {
 
 /* to [TOKENS][stride] = rows of the chunk times the decays since it began (their own included),
  * or, `leaving`, until it ends (their own excluded); `whole` gets the product of all. */
-static void prepare(
+REGARD_SHARED void prepare(
     const Run *run, Rows rows, Chunk chunk, int leaving, float *to, int64_t stride, float *whole
 ) {
     for (int64_t c = 0; c < run->rows; c += REGARD_WIDTH) {
@@ -114,7 +123,7 @@ static void prepare(
 }
 
 /* Zeros where the first token of a chunk forgets, in rows or columns of the state. */
-static void forget_in(const Run *run, Chunk chunk, vector *state) {
+REGARD_SHARED void forget_in(const Run *run, Chunk chunk, vector *state) {
     const float *factor = run->factors.at + chunk.start * run->factors.step;
     const int64_t rows = run->rows + run->extra;
     vector_mask keep[VECTORS];
@@ -129,7 +138,7 @@ static void forget_in(const Run *run, Chunk chunk, vector *state) {
 }
 
 /* Writes what is pending. */
-static void flush(Walker *w) {
+REGARD_SHARED void flush(Walker *w) {
     Sweep *s = &w->sweep;
     s->from = w->cleared ? w->nothing : w->state;
     s->to = w->state;
@@ -142,7 +151,7 @@ static void flush(Walker *w) {
 }
 
 /* One chunk. `from`: where the state is, if not in `w->state`; `to`: where it goes likewise. */
-static void step_between(Walker *w, int64_t c, const vector *from, vector *to) {
+REGARD_SHARED void step_between(Walker *w, int64_t c, const vector *from, vector *to) {
     const Run *run = w->run;
     const Chunk chunk = run->chunks[c];
     const int by_row = run->decay == ROW_DECAY;
@@ -197,7 +206,7 @@ static void step_between(Walker *w, int64_t c, const vector *from, vector *to) {
 }
 
 /* One chunk, the state in its place. */
-static void step(Walker *w, int64_t c) {
+REGARD_SHARED void step(Walker *w, int64_t c) {
     const vector *from = w->cleared ? w->nothing : w->state;
     w->cleared = 0;
     step_between(w, c, from, w->state);
@@ -212,8 +221,17 @@ static void step(Walker *w, int64_t c) {
     }
 }
 
+/* Asks for the rows of a later block: read at once when it begins, they would be waited for. */
+REGARD_SHARED void fetch_block(const Run *run, int64_t start) {
+    const int64_t from = start + BLOCK * TOKENS, left = run->tokens - from;
+    const int64_t count = left < TOKENS ? left : TOKENS;
+    for (int i = 0; i < 2; i++) if (run->ahead[i].at)
+        fetch_ahead(run->ahead[i].at + from * run->ahead[i].step, run->ahead[i].step, count,
+                    run->width);
+}
+
 /* Asks for the columns of a later chunk: beyond the L2 cache every token would wait for its own. */
-static void fetch(const Run *run, int64_t start) {
+REGARD_SHARED void fetch(const Run *run, int64_t start) {
     const Output *out = &run->seen;
     for (int64_t t = start; t < start + TOKENS; t++) {
         for (int64_t c = 0; c < run->columns; c += LINE) {
@@ -224,9 +242,10 @@ static void fetch(const Run *run, int64_t start) {
 }
 
 /* The chunks from `first` to before `last`, in the order of the run. */
-static void steps(Walker *w, int64_t first, int64_t last) {
+REGARD_SHARED void steps(Walker *w, int64_t first, int64_t last) {
     const Chunk *chunks = w->run->chunks;
-    if (w->run->mirror) for (int64_t c = last - 1; c >= first; c--) {
+    if (w->straight) w->straight(w, first, last);
+    else if (w->run->mirror) for (int64_t c = last - 1; c >= first; c--) {
         if (WIDE_ENOUGH && c - AHEAD >= first) fetch(w->run, chunks[c - AHEAD].start);
         step(w, c);
     } else for (int64_t c = first; c < last; c++) {

@@ -16,7 +16,7 @@
 #ifndef LINEAR_SETTLE_H
 #define LINEAR_SETTLE_H
 
-#include "chunk.h"
+#include "straight.h"
 
 enum { PLAIN, CORRECTS, CARRIES };
 
@@ -46,6 +46,10 @@ typedef struct {
     Output seen, missed;       /* `missed` of CORRECTS is given - missed; of CARRIES, beta seen */
     const uint8_t *silent[2];  /* tokens whose reads are all zero: what they meet may be infinite */
     int keeps;                 /* leaves D sum in `sweep.sum` */
+    const Settled *settled;    /* of chunks from `settled_from` on, where the run is straight */
+    int64_t settled_from;
+    Rows ahead[2];             /* rows of all tokens that a later block is made of, or of NULL */
+    int64_t tokens, width;     /* of `ahead` */
 } Run;
 
 INLINE void lane_load(const Run *run, Rows rows, int64_t t, const int vectors, vector *x) {

@@ -28,6 +28,10 @@ static void ready_block(
     if (call->normaliser)
         ready_weights(call, head, b, h, start, stop, call->weight + n * call->tokens);
     ready_keys(call, head, worker->zeros, first, last);
+    if (head->settled) {
+        const Numbers by = {head->factor, head->beta, head->inverse};
+        ready_straight(head, head->keys, by, 1 + (head->beta != 0), first, last);
+    }
 }
 
 /* The second step of dividing the rows whose weight is tiny, in a panel's columns. */
@@ -57,13 +61,20 @@ static void walk_head(
         Panel *panel = worker->panel + p;
         panel->run = forward_run(call, head, worker, b, h, column);
         panel->run.seen = (Output){call->out + n * T * E + column, E, head->inverse, 0};
+        panel->run.settled = head->settled;
+        if (alone && p == 0) {
+            panel->run.ahead[0] = of_operand(&call->q, b, h);
+            panel->run.ahead[1] = of_operand(&call->k, b, hk);
+            panel->run.tokens = T;
+            panel->run.width = is_mapped(&call->key_map) ? call->key_map.inner : F;
+        }
         start(panel, call->state ? call->state + nk * F * E + column : 0, E, 0);
     }
     for (int64_t block = 0; block < blocks_of(head->count); block++) {
         const int64_t first = block * BLOCK, last = end_of(head, block);
         if (alone) ready_block(call, head, worker, b, h, first, last, block % 2);
         for (int64_t p = crew->member; p < panels_of(E); p += crew->members) {
-            forward_rows(head, &worker->panel[p].run);
+            forward_rows(head, &worker->panel[p].run, alone ? first : 0);
             steps(&worker->panel[p].walker, first, last);
         }
     }

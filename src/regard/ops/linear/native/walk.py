@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from regard.core.library import define
 from regard.core.mapped import batched
 from regard.native import chosen
-from regard.ops.linear.native.library import Call, Map, kernel, operand, pointer
+from regard.ops.linear.native.library import OPERANDS, Call, Map, kernel, operand, pointer
 
 OP = "linear_attention"
 # Numbers in all states times tokens from which a second thread is worth its start: a millisecond.
@@ -25,6 +26,11 @@ class Walked(NamedTuple):
     weight: Tensor
     S: Tensor
     z: Tensor
+
+
+Operands = tuple[Tensor | None, ...]
+# What calls C once more: operands and weights of maps -> the output, S and z.
+Planned = Callable[[Operands, Operands], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 def walk(
@@ -72,7 +78,11 @@ def _call(
 
 def _run(name: str, call: Call) -> None:
     if kernel(OP, name, chosen())(ctypes.byref(call)):
-        raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise _no_memory()
+
+
+def _no_memory() -> MemoryError:
+    return MemoryError(f"{OP}: no memory for the work space of the native kernel")
 
 
 def _results(
@@ -107,6 +117,60 @@ def walk_mapped(
     results = _results(q, k, v, normaliser, features)
     operands = (q, k, v, log_decay, beta, S, z, normaliser, minimum, epsilon)
     return _run_walk(operands, results, features, maps)
+
+
+def planned(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
+    S: Tensor | None, z: Tensor | None, normaliser: int, minimum: float, epsilon: float,
+    features: int, maps: tuple[Map, Map], wants_state: bool, isa: str | None,
+) -> Planned | None:  # fmt: skip
+    """What `walk_mapped` does, for any operands of these sizes and strides.
+
+    It takes the seven operands and the weights of both maps, None for what there is not, and
+    brings S and z where `wants_state`. None where these operands would have to be copied.
+    """
+    given = (q, k, v, log_decay, beta, S, z)
+    call, kept = _call(*given, normaliser, minimum, epsilon)
+    if any(x is not None and _is_copy(x, y) for x, y in zip(given, kept, strict=True)):
+        return None
+    call.features, (call.query_map, call.key_map) = features, maps
+    ready, run_kernel = bytes(call), kernel(OP, "walk", isa)
+    large = q.numel() * v.shape[3] >= LEAST_WORK
+    (B, H, T, _), (_, Hk, _, E) = q.shape, v.shape
+    of_out, of_S = (B, H, T, E), (B, Hk, features, E) if wants_state else None
+    of_weight, of_z = ((B, H, T), (B, Hk, features)) if normaliser else (None, None)
+
+    def run(given: Operands, weights: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        q, S, z = given[0], *given[5:]
+        assert q is not None
+        out, weight, last, total = q.new_empty(of_out), None, None, None
+        if of_weight is not None:
+            weight = q.new_empty(of_weight)
+        if of_S is not None:
+            last = q.new_empty(of_S)
+            total = None if of_z is None else q.new_empty(of_z)
+        call = Call.from_buffer_copy(ready)
+        if large:
+            call.threads = torch.get_num_threads()
+        for name, x in zip(OPERANDS, given, strict=False):
+            if x is not None:
+                getattr(call, name).data = x.data_ptr()
+        for map, x in zip((call.query_map, call.key_map), weights, strict=True):
+            if x is not None:
+                map.weight = x.data_ptr()
+        call.state, call.total, call.out = pointer(S), pointer(z), out.data_ptr()
+        call.weight, call.last_state, call.last_total = (
+            pointer(weight), pointer(last), pointer(total)
+        )  # fmt: skip
+        if run_kernel(ctypes.byref(call)):
+            raise _no_memory()
+        return out, last, total
+
+    return run
+
+
+def _is_copy(x: Tensor, y: Tensor | None) -> bool:
+    return y is None or x.data_ptr() != y.data_ptr() or x.dtype != y.dtype
 
 
 def _walk(

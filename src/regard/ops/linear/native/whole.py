@@ -18,7 +18,15 @@ from torch import Tensor
 from regard.core.library import define
 from regard.core.mapped import batched
 from regard.native import chosen, function, refusal
-from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER, Operand, operand
+from regard.ops.linear.native.decode import Run, untraced
+from regard.ops.linear.native.library import (
+    BY_CLAMP,
+    BY_SUM,
+    NO_NORMALISER,
+    Operand,
+    operand,
+    pointer,
+)
 from regard.ops.linear.problem import Problem, Solution, each_sequence
 from regard.ops.linear.tiled import refuse_operands
 
@@ -102,25 +110,34 @@ def _call(
         batch=B, heads=H, key_heads=Hk, queries=T, keys=S, features=D, channels=E,
         query_map=MAPS[query_map], key_map=MAPS[key_map],
         normaliser=NO_NORMALISER if centred else normaliser, centred=centred,
-        threads=torch.get_num_threads() if B * (H * T + Hk * S) * D * E >= LEAST_WORK else 1,
+        threads=torch.get_num_threads() if _is_large(q, k, v) else 1,
         scale=scale, minimum=minimum, q=operand(q), k=operand(k), v=operand(v),
     )  # fmt: skip
     return call, kept
 
 
+def _is_large(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.numel() + k.numel()) * v.shape[3] >= LEAST_WORK
+
+
 def _run(name: str, call: Whole) -> None:
     if _kernel(name, chosen())(ctypes.byref(call)):
-        raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise _no_memory()
+
+
+def _no_memory() -> MemoryError:
+    return MemoryError(f"{OP}: no memory for the work space of the native kernel")
+
+
+def _rooms(q: Tensor, v: Tensor, normaliser: int) -> tuple[tuple[int, ...], ...]:
+    """The sizes of what is read."""
+    (B, H, T, D), (_, Hk, _, E) = q.shape, v.shape
+    of_keys = (B, Hk, D) if normaliser else (0,)
+    return (B, H, T, E), (B, Hk, D, E), of_keys, (B, Hk, E) if normaliser == CENTRED else (0,)
 
 
 def _results(q: Tensor, v: Tensor, normaliser: int) -> Read:
-    (B, H, T, D), (_, Hk, _, E) = q.shape, v.shape
-    return Read(
-        q.new_empty(B, H, T, E),
-        q.new_empty(B, Hk, D, E),
-        q.new_empty((B, Hk, D) if normaliser else 0),
-        q.new_empty((B, Hk, E) if normaliser == CENTRED else 0),
-    )
+    return Read(*(q.new_empty(room) for room in _rooms(q, v, normaliser)))
 
 
 def _read(
@@ -234,16 +251,57 @@ def refuse(problem: Problem) -> str | None:
     return refuse_operands(problem, MAPS) or refuse_tensors(problem.q)
 
 
+def _divisor(problem: Problem) -> tuple[int, float]:
+    """The normaliser and its clamp."""
+    minimum = problem.minimum
+    if problem.normaliser is None:
+        return NO_NORMALISER, 0.0
+    return (BY_SUM, 0.0) if minimum is None else (BY_CLAMP, minimum)
+
+
+def _options(problem: Problem) -> tuple[str, str, float]:
+    """Both maps and the scale."""
+    scale = 1.0 if problem.scale is None else float(problem.scale)
+    return problem.query_map.name, problem.key_map.name, scale
+
+
 def _solve(problem: Problem) -> Solution:
-    minimum, scale = problem.minimum, problem.scale
-    normaliser = NO_NORMALISER
-    if problem.normaliser is not None:
-        normaliser = BY_SUM if minimum is None else BY_CLAMP
-    found = whole(
-        problem.q, problem.k, problem.v, problem.S, problem.z, problem.query_map.name,
-        problem.key_map.name, 1.0 if scale is None else float(scale), normaliser, minimum or 0.0,
-    )  # fmt: skip
+    normaliser, minimum = _divisor(problem)
+    operands = problem.q, problem.k, problem.v, problem.S, problem.z
+    found = whole(*operands, *_options(problem), normaliser, minimum)
     return Solution(found.out, found.S, found.of_keys if normaliser else None)
 
 
 solve = each_sequence(_solve)
+
+
+def plan(problem: Problem, isa: str | None) -> Run | None:
+    """What runs every problem with the metadata and options of this one; None for copies."""
+    if not untraced(problem, problem.S, problem.z):
+        return None
+    q, k, v = problem.q, problem.k, problem.v
+    normaliser, minimum = _divisor(problem)
+    call, kept = _call(q, k, v, *_options(problem), normaliser, minimum)
+    before = problem.S, problem.z
+    if any(x is not None and not x.is_contiguous() for x in before) or any(
+        x is not y for x, y in zip((q, k, v), kept, strict=True)
+    ):
+        return None
+    ready, run_kernel = bytes(call), _kernel("whole", isa)
+    large, rooms = _is_large(q, k, v), _rooms(q, v, normaliser)[:3]
+
+    def run(problem: Problem, S: Tensor | None, z: Tensor | None) -> Solution:
+        q, call = problem.q, Whole.from_buffer_copy(ready)
+        out, sums, of_keys = (q.new_empty(room) for room in rooms)
+        if large:
+            call.threads = torch.get_num_threads()
+        call.q.data, call.k.data = q.data_ptr(), problem.k.data_ptr()
+        call.v.data, call.out = problem.v.data_ptr(), out.data_ptr()
+        call.state, call.total, call.sums = pointer(S), pointer(z), sums.data_ptr()
+        if normaliser:
+            call.of_keys = of_keys.data_ptr()
+        if run_kernel(ctypes.byref(call)):
+            raise _no_memory()
+        return Solution(out, sums, of_keys if normaliser else None)
+
+    return run
