@@ -76,6 +76,9 @@ def differentiated(case: dict[str, Any], serve: Any) -> tuple[list[Tensor], dict
     """Output and state of a case, and gradients of everything that has one."""
     given = problem(**case)
     leaves = {n: x.requires_grad_() for n in DIFFERENTIABLE if (x := getattr(given, n)) is not None}
+    for side in ("query_map", "key_map"):
+        for weight in getattr(given, side).weights:
+            leaves[side] = weight.requires_grad_()
     solution: Solution = serve(given)
     results = [x for x in solution if x is not None]
     g = torch.Generator().manual_seed(1)
@@ -249,6 +252,40 @@ def test_the_public_function_and_packed_sequences() -> None:
             assert relative_error(x, y) <= budget(torch.float32, "gradient")
 
 
+@pytest.mark.parametrize(
+    ("case", "formed"),
+    [
+        ({"T": 50}, (True, True)),
+        ({"T": 25}, (True, False)),  # one segment: there is nothing to sum up
+        ({"T": 8}, (False, False)),  # a few tokens
+        ({"T": 50, "D": 20}, (True, False)),  # wide blocks
+        ({"T": 50, "decay": "smooth"}, (False, False)),
+        ({"T": 50, "causal": False}, (False, False)),
+    ],
+)
+def test_which_maps_the_kernels_form(case: dict[str, Any], formed: tuple[bool, bool]) -> None:
+    case = {"feature": "hedgehog:softmax_dim", "normaliser": "sum", **case}
+    assert interpreted("ops.test_linear_triton:maps_formed", case) == formed
+
+
+def maps_formed(case: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the form gives the maps of queries and of keys to kernels; others would refuse."""
+    given = problem(**case)
+    q, k, v = given.q, given.k, given.v
+    names = given.query_map.name, given.key_map.name
+    maps = triton._maps(given, names)
+    options = (given.causal, *names, 1.0, True, -torch.inf, 0.0, False)
+    for side in range(2):
+        if maps[side] is None:
+            other = [None, None]
+            other[side] = (given.query_map, given.key_map)[side].weights[0]
+            with pytest.raises(ValueError, match="applies map_[qk]"):
+                torch.ops.regard.linear_triton_fwd(
+                    q, k, v, given.log_decay, None, None, None, *other, *options
+                )
+    return maps[0] is not None, maps[1] is not None
+
+
 def test_refuses_in_words() -> None:
     given = problem(T=4)
     why = triton.refuse(given)
@@ -276,7 +313,7 @@ def test_the_forms_say_where_they_are_verified() -> None:
     assert [form.auto for form in triton.FORMS] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["everything", "noncausal", "one token"])
+@pytest.mark.parametrize("name", ["everything", "noncausal", "one token", "two blocks"])
 def test_the_operator_is_what_torch_is_told(name: str) -> None:
     interpreted("ops.test_linear_triton:opcheck", CASES[name])
 
@@ -286,6 +323,7 @@ def opcheck(case: dict[str, Any]) -> None:
     given = problem(**{"seed": 3, **case})
     names = given.query_map.name, given.key_map.name
     tensors = [given.q, given.k, given.v, given.log_decay, given.key_mask, given.S, given.z]
+    tensors += [next(iter(x.weights), None) for x in (given.query_map, given.key_map)]
     for x in tensors:
         if x is not None and x.is_floating_point():
             x.requires_grad_()

@@ -106,9 +106,9 @@ def mesa_attention(
     Precision: sums, states and solves in float32 (float64 for float64 inputs); sums of log_decay
     in float64. On unit keys with ridge 0.25, float32 is within 5e-7 of float64 with the direct
     solver, 1e-4 with conjugate gradients and 1e-6 with tol=1e-6; a ridge of 1e-3 costs a factor
-    of 50. "triton" multiplies in the inputs' own precision (float16: TF32, float32: three
-    products of TF32) and adds in float32; bfloat16 sums of keys enter in two terms. Rows are
-    solved on their own: no result depends on its neighbours.
+    of 50. "triton" multiplies bfloat16 in its own precision, but for sums of keys and the first
+    D / 16 steps, in two terms, other inputs by three products of TF32, and adds in float32. Rows
+    are solved on their own: no result depends on its neighbours.
     Cost: per token O(D^3 + C D^2) with the direct solver, O(C D + D^2) per iteration of
     conjugate gradients in chunks of C, and O(T (D + Dv)) memory in both, the backward pass
     included: it makes a second solve, which the exact gradient needs, and recomputes the sums.

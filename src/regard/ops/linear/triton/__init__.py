@@ -8,7 +8,8 @@ Importing this needs no Triton and no GPU. The files:
 - `walk.py`, `maps.py`: what kernels share: tiles, decays inside a chunk, feature maps
 - `forward.py`: what segments add, the scan over them, outputs; `backward.py`, `of_queries.py`,
   `of_keys.py`: the same for gradients; `whole.py`: one state for all queries; `decode.py`: a
-  few tokens; `twofold.py`: the forward of maps that make two blocks of features
+  few tokens; `twofold.py`: the forward of maps that make two blocks of features; `learned.py`:
+  what is linear in such a map
 - `again.py`: calls like one before
 """
 
@@ -22,7 +23,9 @@ from torch import Tensor
 from regard import gpu
 from regard.core.dispatch import Form
 from regard.ops.linear.problem import IDENTITY, Feature, Problem, Solution, each_sequence
+from regard.ops.linear.triton.learned import inside
 from regard.ops.linear.triton.registered import linear_triton_fwd
+from regard.ops.linear.triton.shapes import Options, Twofold
 from regard.ops.linear.triton.table import MAPS
 
 NAME, TWOFOLD = "linear", "linear_twofold"
@@ -107,12 +110,33 @@ def options_of(problem: Problem, names: tuple[str, str]) -> tuple[Any, ...]:
     return problem.causal, *names, scale, normalised, minimum, epsilon
 
 
+def _maps(problem: Problem, names: tuple[str, str]) -> tuple[Tensor | None, Tensor | None]:
+    """The linear maps that kernels apply themselves."""
+    options = Options._make((*options_of(problem, names), problem.wants_state))
+    decays, D = problem.log_decay is not None, problem.q.shape[3]
+    twofold = Twofold.of(problem.v, D, options, decays, gpu.interpreting())
+    if torch._C._are_functorch_transforms_active():
+        return None, None  # a mapped map would need a head of its own for every example
+    length = max(problem.q.shape[2], problem.k.shape[2])
+    of_queries, of_keys = twofold.forms(length, gpu.interpreting())
+    return (
+        inside(problem.query_map, D) if of_queries else None,
+        inside(problem.key_map, D) if of_keys else None,
+    )
+
+
 def _solve(problem: Problem) -> Solution:
     """The solution for one sequence per row of the batch."""
     q, k, v, mask, heads = problem.q, problem.k, problem.v, problem.key_mask, problem.k.shape[1]
+    normalised, maps = problem.normaliser is not None, (None, None)
     if _formed(problem):
         names = problem.query_map.name, problem.key_map.name
-        q, k = _projected(q, problem.query_map), _projected(k, problem.key_map)
+        maps = _maps(problem, names)
+        q = q if maps[0] is not None else _projected(q, problem.query_map)
+        if maps[1] is None:
+            if mask is not None and problem.key_map.weights:
+                k = k.masked_fill(~mask[:, None, :, None], 0.0)
+            k = _projected(k, problem.key_map)
     else:
         names = IDENTITY.name, IDENTITY.name
         if mask is not None:  # before anything is computed: NaN there has no gradient either
@@ -121,9 +145,8 @@ def _solve(problem: Problem) -> Solution:
     decay = problem.log_decay
     if decay is not None and decay.shape[1] != heads:
         decay = decay.expand(-1, heads, -1)
-    normalised = problem.normaliser is not None
     out, S, z, *_ = linear_triton_fwd(
-        q, k, v, decay, mask, problem.S, problem.z if normalised else None,
+        q, k, v, decay, mask, problem.S, problem.z if normalised else None, *maps,
         *options_of(problem, names), problem.wants_state,
     )  # fmt: skip
     if isinstance(problem.scale, Tensor):

@@ -80,7 +80,7 @@ def remember(signature: tuple[Any, ...], problem: Problem) -> None:
         return  # copies, which a recording does not make
     names = problem.query_map.name, problem.key_map.name
     chosen = Options._make((*options_of(problem, names), False))
-    plan = PLANS.get((chosen, *alike(q, k, v, decay, mask, None, None)))
+    plan = PLANS.get((chosen, *alike(q, k, v, decay, mask, None, None, None, None)))
     if plan is None:
         return
     if len(_known) >= _MOST:
@@ -100,7 +100,7 @@ def served(signature: tuple[Any, ...], problem: Problem) -> Tensor | None:
         None if room is None else torch.empty(room[0], dtype=room[1], device=device)
         for room in known.rooms
     ]
-    known.plan.run((*_operands(problem), None, None, *results))
+    known.plan.run((*_operands(problem), None, None, None, None, *results))
     return results[0]
 
 

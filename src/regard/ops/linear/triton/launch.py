@@ -34,6 +34,7 @@ from regard.ops.linear.triton.twofold import (
 from regard.ops.linear.triton.whole import read_kernel
 
 PLANS = Plans()
+Maps = tuple[Tensor | None, Tensor | None]  # of queries and of keys, those of `learned`
 
 
 class Launcher:
@@ -41,7 +42,7 @@ class Launcher:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, mask: Tensor | None,
-        options: Options,
+        options: Options, maps: Maps = (None, None),
     ) -> None:  # fmt: skip
         self.q, self.k, self.v = channels_last(q), channels_last(k), channels_last(v)
         self.decay, self.mask, self.options = decay, mask, options
@@ -53,15 +54,15 @@ class Launcher:
         self.F = 2 * self.D if self.two else self.D
         self.DP, self.EP = padded(self.D), padded(self.E)
         self.interpreted = interpreting()
-        self.half = q.dtype == torch.bfloat16
+        self.half = v.dtype == torch.bfloat16
         self.length = max(self.T, self.S) if options.causal else self.S
-        self.twofold = Twofold.of(q, options, decay is not None, self.interpreted)
+        self.twofold = Twofold.of(v, self.D, options, decay is not None, self.interpreted)
         self.segment = segment(self.length, self.interpreted, self.twofold.wide)
         self.segments = -(-self.length // self.segment)
         self.empty = 0 in (self.B, self.H, self.D, self.E, self.length, max(self.T, self.S))
         # float16 has no room for sums; TF32 has its digits.
         exact = precision(False)
-        short = exact == "tf32x3" and q.dtype == torch.float16
+        short = exact == "tf32x3" and v.dtype == torch.float16
         q, k, v = self.q, self.k, self.v
         self.common: dict[str, Any] = {
             "q": q, "qb": q.stride(0), "qh": q.stride(1), "qt": q.stride(2),
@@ -80,6 +81,15 @@ class Launcher:
             "SUMS": tl.float32 if self.half else tl.float64,
             "PRECISION": "ieee" if self.half else "tf32" if short else exact,
         }  # fmt: skip
+        forms = self.twofold.forms(self.length, self.interpreted)
+        for name, weight, formed in zip("qk", maps, forms, strict=True):
+            if weight is not None and not formed:
+                raise ValueError(f"linear_triton_fwd: no kernel of this call applies map_{name}")
+            several = weight is not None and weight.shape[0] > 1
+            self.common |= {
+                f"map_{name}": weight, f"w{name}": self.D * self.D if several else 0,
+                f"LEARNED_{name.upper()}": weight is not None,
+            }  # fmt: skip
         if decay is not None:
             self.common["db"], self.common["dh"], self.common["dt"] = decay.stride()
         if mask is not None:
@@ -150,19 +160,29 @@ class Launcher:
         start: Tensor | None = None, start_total: Tensor | None = None,
     ) -> None:  # fmt: skip
         """What segments skip, skip + 1 .. add; after `start`, if it is given."""
-        found, pairs = self.config("twofold_sums"), self.B * self.HK
+        found, pairs, kept = self.config("twofold_sums"), self.B * self.HK, segments
+        mapped, spread = None, self.spread(found)
+        if self.common["LEARNED_K"]:  # of all segments, and of all that comes later
+            mapped, segments = self.new(*self.k.shape, dtype=self.k.dtype), segments + 1
+            spread = found.chunk // 2
         self.start(
             twofold_sums_kernel, segments * pairs * self.panels(found), found, sums=sums,
             totals=totals, start=start, start_total=start_total, HAS_START=start is not None,
             offset=self.length - self.S, places=sums.numel() // (pairs * self.F * self.E),
-            segments=segments, skip=skip, chunks=self.segment // found.chunk,
-            SPREAD=self.spread(found),
+            segments=segments, kept=kept, skip=skip, chunks=self.segment // found.chunk,
+            SPREAD=spread, mapped=mapped,
         )  # fmt: skip
+        if mapped is not None:
+            self.common |= {
+                "k": mapped, "kb": mapped.stride(0), "kh": mapped.stride(1),
+                "kt": mapped.stride(2), "LEARNED_K": False,
+            }  # fmt: skip
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, mask: Tensor | None,
     first: Tensor | None, first_total: Tensor | None, options: Options,
+    maps: Maps = (None, None),
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """out [B, H, T, E], the last state S and z where it is wanted; then, for the backward, the
     sums of weights [B, H, T] and the states before each segment. What there is not has no element.
@@ -171,13 +191,14 @@ def forward(
     first = None if first is None else first.contiguous()
     first_total = None if first_total is None else first_total.contiguous()
     results = room(of_forward(q, v, options, decay is not None, interpreting()), q)
-    given = (q, k, v, decay, mask, first, first_total)
+    map_q, map_k = (x if x is None else x.contiguous() for x in maps)
+    given = (q, k, v, decay, mask, first, first_total, map_q, map_k)
     tensors, key = (*given, *results), (options, *alike(*given))
     plan = PLANS.get(key)
     if plan is not None:
         plan.run(tensors)
     else:
-        call = Launcher(q, k, v, decay, mask, options)
+        call = Launcher(q, k, v, decay, mask, options, (map_q, map_k))
         if call.empty:
             return _nothing(results, first, first_total)
         _run(call, first, first_total, results)
@@ -233,7 +254,8 @@ def _run(
     if call.twofold.serves:
         _outputs_of_twofold(call, before, before_total, results)
         return
-    found = call.config("outputs")
+    mapped = call.map_q.number != 0 and not call.two and call.DP == 128
+    found = call.config("mapped_outputs" if mapped and call.half else "outputs")
     call.start(
         outputs_kernel, call.segments * pairs * call.panels(found), found, **arguments,
         starts=before, start_totals=before_total, HAS_START=before is not None,

@@ -23,6 +23,12 @@ LIMIT: tl.constexpr = tl.constexpr(60.0)  # of an exponent
 
 
 @triton.jit
+def _exponential(x):
+    """e^x without a scaling of small results: what is below the normal numbers is 0."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def _largest(x, there):
     return tl.max(tl.where(there, x, float("-inf")), 1)[:, None]
 
@@ -43,21 +49,21 @@ def _features(x, there, MAP: tl.constexpr, TWO: tl.constexpr):
     elif MAP == 2:
         a = tl.maximum(x, 0.0)
     elif MAP == 3:
-        a = _share(tl.exp(x - _largest(x, there)), there)
+        a = _share(_exponential(x - _largest(x, there)), there)
         if TWO:
-            b = _share(tl.exp(-x - _largest(-x, there)), there)
+            b = _share(_exponential(-x - _largest(-x, there)), there)
     elif MAP == 4:
-        a = tl.exp(x - _largest(x, there))
+        a = _exponential(x - _largest(x, there))
         if TWO:
-            b = tl.exp(-x - _largest(-x, there))
+            b = _exponential(-x - _largest(-x, there))
     elif MAP == 5:
         x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-        a = tl.exp(x)
-        b = tl.exp(-x)
+        a = _exponential(x)
+        b = _exponential(-x)
     elif MAP == 6:
         most = _largest(tl.abs(x), there)
-        a = tl.exp(2.0 * (x - most))
-        b = tl.exp(-2.0 * (x + most))
+        a = _exponential(2.0 * (x - most))
+        b = _exponential(-2.0 * (x + most))
         share = (1.0 / tl.sum(tl.where(there, a + b, 0.0), 1))[:, None]
         a = a * share
         b = b * share
@@ -65,10 +71,10 @@ def _features(x, there, MAP: tl.constexpr, TWO: tl.constexpr):
         x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
         if TWO:
             most = _largest(tl.abs(x), there)
-            b = tl.exp(-x - most)
+            b = _exponential(-x - most)
         else:
             most = _largest(x, there)
-        a = tl.exp(x - most)
+        a = _exponential(x - most)
     return a, b
 
 
@@ -91,12 +97,17 @@ def features(
 
 
 @triton.jit
-def _softmax(x, rows, FLOORED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIT: tl.constexpr):
+def _softmax(
+    x, rows, FLOORED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHORT: tl.constexpr
+):
     """Softmax of rows x [M, DP], with its floor; 0 where `rows` [M] says so."""
     if D != DP:
         there = (tl.arange(0, DP) < D)[None, :]
         x = tl.where(there, x, float("-inf"))
-    a = tl.exp2(x * UNIT - (tl.max(x, 1) * UNIT)[:, None])
+    if SHORT:
+        a = tl.exp2(x * SHORT_LOG2E - (tl.max(x, 1) * SHORT_LOG2E)[:, None])
+    else:
+        a = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
     a = a * tl.where(rows, 1.0 / tl.sum(a, 1), 0.0)[:, None]
     if FLOORED:
         a = tl.maximum(a, tl.where(rows, FLOOR, 0.0)[:, None])
@@ -108,16 +119,15 @@ def _softmax(x, rows, FLOORED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, 
 @triton.jit
 def both(
     x, rows, MAP: tl.constexpr, FLOORED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    OPERAND: tl.constexpr,
+    SHORT: tl.constexpr,
 ):  # fmt: skip
-    """`features` of a map of two blocks; x holds numbers of OPERAND, finite in other rows, too.
+    """`features` of a map of two blocks; x is finite in other rows, too. SHORT: it is bfloat16.
 
     For softmax with a third of the instructions: less is done per feature, more per row.
     """
     if MAP == 3:
-        unit: tl.constexpr = SHORT_LOG2E if tl.bfloat16 == OPERAND else LOG2E
-        a = _softmax(x, rows, FLOORED, D, DP, unit)
-        b = _softmax(-x, rows, FLOORED, D, DP, unit)
+        a = _softmax(x, rows, FLOORED, D, DP, SHORT)
+        b = _softmax(-x, rows, FLOORED, D, DP, SHORT)
     else:
         a, b = features(x, rows, MAP, True, FLOORED, D, DP)
     return a, b

@@ -39,12 +39,22 @@ class Twofold(NamedTuple):
     wide: bool = False
 
     @classmethod
-    def of(cls, q: Tensor, options: Options, decays: bool, interpreted: bool) -> Twofold:
-        """By what is known without looking at numbers."""
+    def of(cls, v: Tensor, D: int, options: Options, decays: bool, interpreted: bool) -> Twofold:
+        """By what is known without looking at numbers, for keys of D channels."""
         two = MAPS[options.query_map].two and MAPS[options.key_map].two
-        small = q.dtype == torch.bfloat16 or interpreted
+        small = v.dtype == torch.bfloat16 or interpreted
         serves = options.causal and options.normalised and two and not decays and small
-        return cls(serves, serves and q.shape[3] > (NARROW_INTERPRETED if interpreted else NARROW))
+        narrow = NARROW_INTERPRETED if interpreted else NARROW
+        return cls(serves, serves and narrow < D)
+
+    def forms(self, length: int, interpreted: bool) -> tuple[bool, bool]:
+        """Whether its kernels apply linear maps to queries and to keys, before the activation.
+
+        To keys while what segments add is summed up, which narrow blocks have registers for.
+        """
+        queries = self.serves and length > FEW
+        several = length > segment(length, interpreted, self.wide)
+        return queries, queries and several and not self.wide
 
 
 def of_forward(
@@ -56,7 +66,7 @@ def of_forward(
     F, single = width(D, options), torch.float32
     causal, normalised, wanted = options.causal, options.normalised, options.wants_state
     length = max(T, S) if causal else S
-    wide = Twofold.of(q, options, decays, interpreted).wide
+    wide = Twofold.of(v, D, options, decays, interpreted).wide
     # Written once and read twice by the forward: half the bytes, where nobody asks for more digits.
     kind = torch.bfloat16 if wide and not (wanted or interpreted) else single
     places = 0  # of states
@@ -80,7 +90,7 @@ def of_backward(
     B, HK, S, E = v.shape
     F, single = width(q.shape[3], options), torch.float32
     return (
-        (tuple(q.shape), q.dtype), (tuple(k.shape), k.dtype), (tuple(v.shape), v.dtype),
+        (tuple(q.shape), v.dtype), (tuple(k.shape), v.dtype), (tuple(v.shape), v.dtype),
         ((B, HK, S), single) if of_decay else _NONE,
         ((B, HK, F, E), single) if of_first else _NONE,
         ((B, HK, F), single) if of_first and options.normalised else _NONE,

@@ -30,7 +30,46 @@ from regard.ops.linear.triton.forward import (
     state_tile,
 )
 from regard.ops.linear.triton.maps import both
-from regard.ops.linear.triton.walk import put, put_numbers, real_keys, seen_in, tile
+from regard.ops.linear.triton.walk import put_numbers, real_keys, seen_in
+
+
+@triton.jit
+def tile(x, first, offset, count, stride, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+         column):  # fmt: skip
+    """`walk.tile` by addresses that differ from chunk to chunk.
+
+    Those of a chunk, less its first, are the same for all chunks: the compiler would keep them, and
+    have no registers left for them.
+    """
+    rows = first - offset + tl.arange(0, C)
+    columns = column + tl.arange(0, WP)
+    inside = ((rows >= 0) & (rows < count))[:, None]
+    if W % WP != 0:
+        inside = inside & (columns < W)[None, :]
+    places = (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
+    return tl.load(x + places, mask=inside, other=0.0)
+
+
+@triton.jit
+def put(x, first, offset, count, values, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+        column):  # fmt: skip
+    """Writes what `tile` would read, to a contiguous x."""
+    rows = first - offset + tl.arange(0, C)
+    columns = column + tl.arange(0, WP)
+    inside = ((rows >= 0) & (rows < count))[:, None]
+    if W % WP != 0:
+        inside = inside & (columns < W)[None, :]
+    places = (rows.to(tl.int64) * W)[:, None] + columns[None, :]
+    tl.store(x + places, values.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weights(weight, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr):
+    """A linear map [DP, DP] of rows, 0 outside of D."""
+    at = tl.arange(0, DP)
+    there = (at < D)[:, None] & (at < D)[None, :]
+    found = tl.load(weight + at[:, None] * D + at[None, :], mask=there, other=0.0)
+    return found.to(OPERAND)
 
 
 @triton.jit
@@ -40,24 +79,41 @@ def _of_keys(
     MAP: tl.constexpr, FLOORED: tl.constexpr, HAS_MASK: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Both blocks of features of keys in float32, and values; 0 where there is no key."""
+    y, values, real = _keys(
+        k, v, mask, at, offset, S, kt, vt, mt, column, D, DP, E, PANEL, C, HAS_MASK
+    )
+    a, b = both(y.to(tl.float32), real, MAP, FLOORED, D, DP, tl.bfloat16 == OPERAND)
+    return a, b, values.to(OPERAND)
+
+
+@triton.jit
+def _keys(
+    k, v, mask, at, offset, S, kt, vt, mt, column, D: tl.constexpr, DP: tl.constexpr,
+    E: tl.constexpr, PANEL: tl.constexpr, C: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values as they are, 0 where there is no key; and where there is one."""
     y = tile(k, at, offset, S, kt, C, D, DP, 0)
     values = tile(v, at, offset, S, vt, C, E, PANEL, column)
     real = real_keys(at, offset, S, mask, mt, C, HAS_MASK)
     if HAS_MASK:
         y = tl.where(real[:, None], y, 0.0)
         values = tl.where(real[:, None], values, 0.0)
-    a, b = both(y.to(tl.float32), real, MAP, FLOORED, D, DP, OPERAND)
-    return a, b, values.to(OPERAND)
+    return y, values, real
 
 
 @triton.jit
 def _of_queries(
-    q, at, offset, T, qt, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    MAP: tl.constexpr, FLOORED: tl.constexpr, OPERAND: tl.constexpr,
+    q, weight, at, offset, T, qt, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    MAP: tl.constexpr, FLOORED: tl.constexpr, LEARNED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both blocks of features of queries in float32."""
+    """Both blocks of features of queries in float32; LEARNED: of queries times a weight."""
     x = tile(q, at, offset, T, qt, C, D, DP, 0)
-    return both(x.to(tl.float32), at + tl.arange(0, C) >= 0, MAP, FLOORED, D, DP, OPERAND)
+    z = x.to(tl.float32)
+    if LEARNED:
+        z = tl.dot(x.to(OPERAND), weight, input_precision=PRECISION)
+    short: tl.constexpr = tl.bfloat16 == OPERAND and not LEARNED
+    return both(z, at + tl.arange(0, C) >= 0, MAP, FLOORED, D, DP, short)
 
 
 @triton.jit
@@ -67,24 +123,31 @@ def _spread(x, C: tl.constexpr, SPREAD: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def _paired(x, C: tl.constexpr, DP: tl.constexpr):
+    """The same [C / 2, DP] of what a product has left: a thread has rows 8 apart."""
+    return tl.reshape(tl.sum(tl.reshape(x, [C // 16, 2, 8, DP]), 1), [C // 2, DP])
+
+
+@triton.jit
 def _first_row(x, SPREAD: tl.constexpr):
     """x [DP] in the first of SPREAD rows, 0 in the others."""
     return tl.where((tl.arange(0, SPREAD) == 0)[:, None], x[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["S", "offset", "places", "segments", "skip", "chunks"])
+@triton.jit(do_not_specialize=["S", "offset", "places", "segments", "kept", "skip", "chunks"])
 def twofold_sums_kernel(
-    k, v, mask, start, start_total, sums, totals,
-    kb, kh, kt, vb, vh, vt, mb, mt,
-    S, offset, places, segments, skip, chunks,
+    k, v, map_k, mask, start, start_total, sums, totals, mapped,
+    kb, kh, kt, vb, vh, vt, wk, mb, mt,
+    S, offset, places, segments, kept, skip, chunks,
     HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, PANEL: tl.constexpr,
     C: tl.constexpr, SPREAD: tl.constexpr, MAP_K: tl.constexpr, FLOORED_K: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_START: tl.constexpr, LEARNED_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What segments skip, skip + 1 .. of keys add to the state.
 
-    sums [B HK, places, F, E], totals [.., F]: the last `segments` places are for the segments.
+    sums [B HK, places, F, E], totals [.., F]: the last `kept` places are for the first segments,
+    of which there are no more but with LEARNED_K: keys times map_k then go to mapped [B HK, S, D].
     With HAS_START the only segment adds to the last place of start and start_total, which have a
     place for every segment up to it.
     """
@@ -100,6 +163,9 @@ def twofold_sums_kernel(
     v += batch * vb + head * vh
     if HAS_MASK:
         mask += batch * mb
+    if LEARNED_K:
+        map_k = _weights(map_k + head * wk, D, DP, OPERAND)
+        mapped += pair.to(tl.int64) * S * D
     column = panel * PANEL
     state = tl.zeros([PANEL, DP], tl.float32)
     state_b = state
@@ -115,20 +181,33 @@ def twofold_sums_kernel(
         total_b = _first_row(state_row(start_total, D, DP, 1), SPREAD)
     first = (skip + segment) * chunks * C
     for at in tl.range(first, tl.minimum(first + chunks * C, S + offset), C):
-        a, b, values = _of_keys(
-            k, v, mask, at, offset, S, kt, vt, mt, column, D, DP, E, PANEL, C, MAP_K, FLOORED_K,
-            HAS_MASK, OPERAND,
-        )  # fmt: skip
-        total += _spread(a, C, SPREAD, DP)
-        total_b += _spread(b, C, SPREAD, DP)
+        if LEARNED_K:
+            y, values, real = _keys(
+                k, v, mask, at, offset, S, kt, vt, mt, column, D, DP, E, PANEL, C, HAS_MASK
+            )
+            z = tl.dot(y.to(OPERAND), map_k, input_precision=PRECISION).to(OPERAND)
+            if panel == 0:
+                put(mapped, at, offset, S, z, C, D, DP, 0)
+            a, b = both(z.to(tl.float32), real, MAP_K, FLOORED_K, D, DP, tl.bfloat16 == OPERAND)
+            values = values.to(OPERAND)
+            total += _paired(a, C, DP)
+            total_b += _paired(b, C, DP)
+        else:
+            a, b, values = _of_keys(
+                k, v, mask, at, offset, S, kt, vt, mt, column, D, DP, E, PANEL, C, MAP_K,
+                FLOORED_K, HAS_MASK, OPERAND,
+            )  # fmt: skip
+            total += _spread(a, C, SPREAD, DP)
+            total_b += _spread(b, C, SPREAD, DP)
         turned = tl.trans(values)
         state = tl.dot(turned, a.to(OPERAND), state, input_precision=PRECISION)
         state_b = tl.dot(turned, b.to(OPERAND), state_b, input_precision=PRECISION)
-    place = pair.to(tl.int64) * places + places - segments + segment
+    place = pair.to(tl.int64) * places + places - kept + segment
     sums += place * (F * E)
-    put_state(sums, tl.trans(state), D, DP, E, PANEL, column, 0)
-    put_state(sums, tl.trans(state_b), D, DP, E, PANEL, column, 1)
-    if panel == 0:
+    if segment < kept:
+        put_state(sums, tl.trans(state), D, DP, E, PANEL, column, 0)
+        put_state(sums, tl.trans(state_b), D, DP, E, PANEL, column, 1)
+    if (segment < kept) & (panel == 0):
         totals += place * F
         put_state_row(totals, tl.sum(total, 0), D, DP, 0)
         put_state_row(totals, tl.sum(total_b, 0), D, DP, 1)
@@ -136,15 +215,15 @@ def twofold_sums_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "segments", "chunks"])
 def narrow_outputs_kernel(
-    q, k, v, mask, starts, start_totals, out, bottoms, end, end_total,
+    q, k, v, map_q, mask, starts, start_totals, out, bottoms, end, end_total,
     scale, minimum, epsilon,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, mb, mt,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, wq, mb, mt,
     T, S, segments, chunks,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
     PANEL: tl.constexpr, C: tl.constexpr, SPREAD: tl.constexpr,
     MAP_Q: tl.constexpr, MAP_K: tl.constexpr, FLOORED_Q: tl.constexpr, FLOORED_K: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_START: tl.constexpr, WANTS_END: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    LEARNED_Q: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a segment of queries; the last segment leaves the last state in `end`.
 
@@ -165,6 +244,8 @@ def narrow_outputs_kernel(
     v += batch * vb + key_head * vh
     if HAS_MASK:
         mask += batch * mb
+    if LEARNED_Q:
+        map_q = _weights(map_q + head * wq, D, DP, OPERAND)
     out += pair.to(tl.int64) * T * E
     bottoms += pair.to(tl.int64) * T
     column = panel * PANEL
@@ -184,7 +265,10 @@ def narrow_outputs_kernel(
         total_b = share * state_row(start_totals, D, DP, 1)[None, :]
     length = tl.maximum(T, S)
     first = segment * chunks * C
-    q1, q2 = _of_queries(q, first, length - T, T, qt, C, D, DP, MAP_Q, FLOORED_Q, OPERAND)
+    q1, q2 = _of_queries(
+        q, map_q, first, length - T, T, qt, C, D, DP, MAP_Q, FLOORED_Q, LEARNED_Q, OPERAND,
+        PRECISION,
+    )  # fmt: skip
     q1 = q1.to(OPERAND)
     q2 = q2.to(OPERAND)
     for at in tl.range(first, tl.minimum(first + chunks * C, length), C):
@@ -214,7 +298,10 @@ def narrow_outputs_kernel(
         state_b = tl.dot(turned, k2, state_b, input_precision=PRECISION)
         total += more
         total_b += more_b
-        q1, q2 = _of_queries(q, at + C, length - T, T, qt, C, D, DP, MAP_Q, FLOORED_Q, OPERAND)
+        q1, q2 = _of_queries(
+            q, map_q, at + C, length - T, T, qt, C, D, DP, MAP_Q, FLOORED_Q, LEARNED_Q, OPERAND,
+            PRECISION,
+        )  # fmt: skip
         q1 = q1.to(OPERAND)
         q2 = q2.to(OPERAND)
     if WANTS_END and (segment == segments - 1) & (head % (H // HK) == 0):
@@ -229,14 +316,14 @@ def narrow_outputs_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "segments", "tiles"])
 def wide_outputs_kernel(
-    q, k, v, mask, starts, start_totals, out, bottoms,
+    q, k, v, map_q, mask, starts, start_totals, out, bottoms,
     scale, minimum, epsilon,
-    qb, qh, qt, kb, kh, kt, vb, vh, vt, mb, mt,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, wq, mb, mt,
     T, S, segments, tiles,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
     PANEL: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr,
     MAP_Q: tl.constexpr, MAP_K: tl.constexpr, FLOORED_Q: tl.constexpr, FLOORED_K: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_START: tl.constexpr, LEARNED_Q: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of C queries, a tile of which there are `tiles` in a segment."""
@@ -257,9 +344,13 @@ def wide_outputs_kernel(
     v += batch * vb + key_head * vh
     if HAS_MASK:
         mask += batch * mb
+    if LEARNED_Q:
+        map_q = _weights(map_q + head * wq, D, DP, OPERAND)
     column = panel * PANEL
     length = tl.maximum(T, S)
-    a, b = _of_queries(q, at, length - T, T, qt, C, D, DP, MAP_Q, FLOORED_Q, OPERAND)
+    a, b = _of_queries(
+        q, map_q, at, length - T, T, qt, C, D, DP, MAP_Q, FLOORED_Q, LEARNED_Q, OPERAND, PRECISION
+    )
     q1 = a.to(OPERAND)
     q2 = b.to(OPERAND)
     row = tl.zeros([C, PANEL], tl.float32)

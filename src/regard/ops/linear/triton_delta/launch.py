@@ -74,22 +74,28 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def token_facts(steps: Recording, k: Tensor, log_decay: Tensor | None, unit: bool) -> Tensor | None:
-    """What kernels read of every token [5, N, chunks * CHUNK]; None where there is nothing."""
+def token_facts(
+    steps: Recording, k: Tensor, log_decay: Tensor | None, unit: bool
+) -> tuple[Tensor | None, Tensor]:
+    """What kernels read of every token [5, N, chunks * CHUNK], and of its key.
+
+    There is nothing to read where keys neither decay nor are made unit vectors.
+    """
     if log_decay is None and not unit:
-        return None
+        return None, k
     B, Hk, T, F = k.shape
     chunks, FP = -(-T // CHUNK), padded(F)
     facts = steps.empty(_PLANES, B * Hk, chunks * CHUNK, dtype=torch.float32, device=k.device)
+    near = steps.empty(*k.shape, dtype=k.dtype, device=k.device) if unit else None
     other = {"db": 0, "dh": 0, "dt": 0} if log_decay is None else strides("d", log_decay)
     arguments = {
-        "k": k, "log_decay": log_decay, "facts": facts, **strides("k", k), **other, "T": T,
-        "chunks": chunks, "plane": B * Hk * chunks * CHUNK, "HK": Hk, "F": F, "FP": FP,
+        "k": k, "log_decay": log_decay, "facts": facts, "near": near, **strides("k", k), **other,
+        "T": T, "chunks": chunks, "plane": B * Hk * chunks * CHUNK, "HK": Hk, "F": F, "FP": FP,
         "HAS_DECAY": log_decay is not None, "NORMALISE": unit,
     }  # fmt: skip
     warps = config("tokens", FP, k.dtype != torch.float32).warps
     steps.start(tokens_kernel, B * Hk * chunks, arguments, warps=warps)
-    return facts
+    return facts, k if near is None else near
 
 
 class Effect(NamedTuple):
@@ -115,8 +121,10 @@ class _Call:
         self.N, self.chunks = B * self.Hk, -(-self.T // CHUNK)
         self.FP, self.EP = padded(self.F), padded(self.E)
         self.type, self.precision = operand(q.dtype)
+        if max(self.FP, self.EP) >= APART and self.type == torch.float32:
+            self.precision = precision(half=False)  # TF32 once needs more shared memory there is
         self.half = self.type != torch.float32
-        self.facts = token_facts(self.steps, self.k, log_decay, unit)
+        self.facts, self.k = token_facts(self.steps, self.k, log_decay, unit)
         self.scanned = {
             "chunks": self.chunks, "F": self.F, "FP": self.FP, "E": self.E, "EP": self.EP,
             "HAS_DECAY": log_decay is not None, "PRECISION": self.precision,
@@ -146,11 +154,13 @@ class _Call:
         inverse = self.per_chunk(CHUNK, CHUNK, self.type)
         effect = Effect(
             self.per_chunk(self.FP, self.FP, self.type),
-            self.per_chunk(self.EP, self.FP),
+            self.per_chunk(self.EP, self.FP, self.type),
             self.empty(self.N, self.chunks),
         )
         programs, given = self.N * self.chunks, {"inverse": inverse, "CLEAN": clean}
         exact = precision(half=False)
+        if self.half and exact == "tf32x3":  # more digits than the inverse is stored with
+            exact = "tf32"
         self.start(inverse_kernel, "inverse", programs, {**given, "EXACT": exact})
         self.start(system_kernel, "system", programs, {**given, **effect._asdict()})
         return inverse, effect

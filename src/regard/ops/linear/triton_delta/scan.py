@@ -65,7 +65,7 @@ def _walk(
             at = chunks - 1 - c
             following = tl.maximum(at - 1, 0)
         p = tl.load(passing + at.to(tl.int64) * (FP * FP) + matrix)
-        new = tl.load(gain + at.to(tl.int64) * (EP * FP) + offsets)
+        new = tl.load(gain + at.to(tl.int64) * (EP * FP) + offsets).to(tl.float32)
         tl.store(states + at.to(tl.int64) * (EP * FP) + offsets, state.to(states.dtype.element_ty))
         if REVERSE:
             p = tl.trans(p)

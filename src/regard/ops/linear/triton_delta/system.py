@@ -318,4 +318,4 @@ def system_kernel(
     new = tl.dot(u.to(OPERAND), keys, input_precision=PRECISION)
     if CLEAN:
         new = usable(new)
-    tl.store(gain + row * (EP * FP) + square_at(EP, FP), new)
+    tl.store(gain + row * (EP * FP) + square_at(EP, FP), new.to(gain.dtype.element_ty))

@@ -3,6 +3,7 @@
 All of it runs inside kernels. What is known of a token before any product (`tokens.py`) lies in
 planes of float32: the sum of log decays since its chunk began as two floats, how often all was
 forgotten since then, and for unit keys a power of two that brings the key near 1 and then 1 / |k|.
+Such keys lie beside them, brought near 1, so that products read them as they are.
 """
 
 # Triton rewrites what is between "def" and its end; a type checker takes it for Python.
@@ -53,8 +54,6 @@ def keys_at(
     """Keys [., FP] as an operand, and what multiplies each of them: 1 / |k| or 1."""
     keys = rows_at(k, tokens, stride, T, F, FP)
     if NORMALISE:
-        shrink = tl.load(facts + SHRINK * plane + tokens)
-        keys = keys.to(tl.float32) * shrink[:, None]
         unit = tl.load(facts + UNIT * plane + tokens)
     else:
         unit = tl.full(tokens.shape, 1.0, tl.float32)

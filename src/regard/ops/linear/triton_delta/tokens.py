@@ -18,6 +18,7 @@ from regard.ops.linear.triton_delta.tile import (
     LOW,
     SHRINK,
     UNIT,
+    put_rows,
     rows_at,
 )
 
@@ -29,6 +30,7 @@ def tokens_kernel(
     k,
     log_decay,
     facts,
+    near,
     kb,
     kh,
     kt,
@@ -44,7 +46,10 @@ def tokens_kernel(
     HAS_DECAY: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """Fills `facts` [5, N, chunks * CHUNK]; tokens after the last neither decay nor write."""
+    """Fills `facts` [5, N, chunks * CHUNK]; tokens after the last neither decay nor write.
+
+    With NORMALISE keys near 1 go to `near` [N, T, F]: exactly, as powers of two bring them there.
+    """
     chunk = tl.program_id(0) % chunks
     n = tl.program_id(0) // chunks
     b = (n // HK).to(tl.int64)
@@ -66,6 +71,7 @@ def tokens_kernel(
         # In two steps: 1 / (the smallest numbers) would be inf.
         shrink = 1.0 / power_of_two(tl.minimum(tl.maximum(largest, 1e-30), 1e37))
         keys = keys * shrink[:, None]
+        put_rows(near + n.to(tl.int64) * T * F, tokens, F, T, keys, F, FP)
         size = tl.sum(keys * keys, 1)
         tl.store(at + SHRINK * plane, shrink)
         tl.store(at + UNIT * plane, tl.where(size > 0, 1.0 / tl.sqrt(size), 0.0))

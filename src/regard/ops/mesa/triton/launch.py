@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from regard.gpu import interpreting
+from regard.gpu.availability import precision
 from regard.gpu.replay import Plans, Recording, alike
 from regard.ops.linear.triton_delta.launch import (
     CHUNK,
@@ -19,8 +21,8 @@ from regard.ops.linear.triton_delta.launch import (
     token_facts,
 )
 from regard.ops.mesa.triton.solve import solve_kernel
-from regard.ops.mesa.triton.sums import gain_kernel, sums_kernel
-from regard.ops.mesa.triton.table import BLOCK, SPLIT, config
+from regard.ops.mesa.triton.sums import scan_kernel, segments_kernel, sums_kernel
+from regard.ops.mesa.triton.table import BLOCK, LENGTH, SPLIT, config
 
 
 class Sums(NamedTuple):
@@ -42,8 +44,10 @@ class _Call:
         self.DP, self.EP = padded(self.D), padded(self.E)
         self.width = max(self.DP, self.EP)
         self.type, exact = operand(k.dtype)
+        if self.type == torch.float32:  # what TF32 loses of the sums, their inverse multiplies
+            exact = precision(half=False)
         self.half = self.type != torch.float32
-        facts = token_facts(self.steps, self.k, log_decay, False)
+        facts, _ = token_facts(self.steps, self.k, log_decay, False)
         self.common: dict[str, Any] = {
             "k": self.k, "v": self.v, "beta": beta, "facts": beta if facts is None else facts,
             **strides("k", self.k), **strides("v", self.v), **strides("b", beta), "T": self.T,
@@ -65,33 +69,50 @@ class _Call:
 
         Without `last_values` those of keys alone.
         """
-        values, room = last_values is not None, {"dtype": torch.float32, "device": self.k.device}
-        shape = self.N, self.chunks, self.DP
+        values, split = last_values is not None, self.common["SPLIT"]
+        given = {name: x for name, x in self.common.items() if name != "SPLIT"}
+        segments, scan = -(-self.chunks // LENGTH), config("scan", self.width, self.half)
+        parts = self.N * segments
+        given |= {"segments": segments, "length": LENGTH, "key_parts": parts, "VALUES": values}
+        starts = {"start_k": past_keys, "start_v": past_values, "HAS_START": past_keys is not None}
+        if segments > 1:
+            gains = self._gains(given, values, segments)
+            key_parts = self.N * (self.DP * self.DP // BLOCK)
+            value_parts = self.N * (self.DP * self.EP // BLOCK) if values else 0
+            names = "D", "DP", "E", "EP", "HAS_DECAY", "VALUES", "segments"
+            self._start(scan_kernel, "scan", key_parts + value_parts, {
+                **{name: given[name] for name in names}, **gains, **starts,
+                "key_parts": key_parts, "BLOCK": BLOCK, "STAGES": loop_stages(scan.stages),
+            })  # fmt: skip
+        else:
+            gains = {"gain_k": None, "gain_v": None}
+        found = Sums(
+            self.per_chunk(self.DP), self.per_chunk(self.DP) if split else None,
+            self.per_chunk(self.EP) if values else None,
+        )  # fmt: skip
+        gains.pop("whole", None)
+        self._start(sums_kernel, "sums", parts * (1 + values), {
+            **given, **gains, **starts, "keys_sum": found.keys, "keys_rest": found.rest,
+            "values_sum": found.values, "last_k": last_keys, "last_v": last_values,
+            "SPLIT": split, "SCANNED": segments > 1,
+        })  # fmt: skip
+        return found
+
+    def _gains(self, given: dict[str, Any], values: bool, segments: int) -> dict[str, Any]:
+        """What segments but the last add."""
+        room = {"dtype": torch.float32, "device": self.k.device}
+        shape = self.N, segments, self.DP
         gains = {
             "gain_k": self.steps.empty(*shape, self.DP, **room),
             "gain_v": self.steps.empty(*shape, self.EP, **room) if values else None,
-            "whole": self.steps.empty(self.N, self.chunks, **room),
+            "whole": self.steps.empty(self.N, segments, **room),
         }
-        self._start(gain_kernel, "gain", self.N * self.chunks, {
-            **{name: x for name, x in self.common.items() if name != "SPLIT"}, **gains,
-            "VALUES": values,
-        })  # fmt: skip
-        found = Sums(
-            self.per_chunk(self.DP), self.per_chunk(self.DP) if self.common["SPLIT"] else None,
-            self.per_chunk(self.EP) if values else None,
+        parts = self.N * (segments - 1)
+        self._start(
+            segments_kernel, "segments", parts * (1 + values),
+            {**given, **gains, "key_parts": parts},
         )  # fmt: skip
-        key_parts = self.N * (self.DP * self.DP // BLOCK)
-        value_parts = self.N * (self.DP * self.EP // BLOCK) if values else 0
-        names = "chunks", "D", "DP", "E", "EP", "HAS_DECAY", "SPLIT"
-        self._start(sums_kernel, "sums", key_parts + value_parts, {
-            **{name: self.common[name] for name in names}, **gains, "start_k": past_keys,
-            "start_v": past_values, "keys_sum": found.keys, "keys_rest": found.rest,
-            "values_sum": found.values, "last_k": last_keys, "last_v": last_values,
-            "key_parts": key_parts, "BLOCK": BLOCK,
-            "VALUES": values, "HAS_START": past_keys is not None,
-            "STAGES": loop_stages(config("sums", self.width, self.half).stages),
-        })  # fmt: skip
-        return found
+        return gains
 
     def _start(self, kernel: Any, name: str, programs: int, arguments: dict[str, Any]) -> None:
         chosen = config(name, self.width, self.half)
@@ -112,6 +133,7 @@ class _Call:
             "keys_rest": sums.rest, "values_sum": sums.values, "ridge": ridge, "x_out": x,
             "out": out, "steps_out": counts, "tol": float(tol), "limit": limit, "H": H,
             "RIDGES": ridge.shape[1], "READS": out is not None,
+            "SHORTCUT": self.half or interpreting(),  # twice the code, too much in float32
         })  # fmt: skip
 
 

@@ -33,12 +33,18 @@ from regard.ops.linear.triton_delta.tile import (
     sums_at,
 )
 
+EARLY = tl.constexpr(16)  # channels for every step in which scores are two terms
+TAME = tl.constexpr(1e36)  # of the numbers of a key: its products with unit vectors are finite
+
 
 @triton.jit
-def _scores(rows, keys, weights, PRECISION: tl.constexpr):
-    """Products of rows with the keys they see, weighed; exactly 0 for other keys."""
-    product = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
-    return tl.where(weights == 0.0, 0.0, product * weights)
+def _weighed(product, weights, CAREFUL: tl.constexpr):
+    """Products times weights; CAREFUL: exactly 0 where the weight is, whatever the product."""
+    if CAREFUL:
+        product = tl.where(weights == 0.0, 0.0, product * weights)
+    else:
+        product *= weights
+    return product
 
 
 @triton.jit
@@ -47,8 +53,71 @@ def _read(
 ):
     """The sums of a chunk's rows applied to `rows`, against values."""
     found = kept(tl.dot(rows, past, input_precision=PRECISION), enters)
-    scores = _scores(rows, keys, weights, PRECISION)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
+    scores = _weighed(scores, weights, True)
     return tl.dot(scores.to(OPERAND), values, found, input_precision=PRECISION)
+
+
+@triton.jit
+def _steps(
+    x, r, p, active, length, smallest, size, goal, steps, count, keys, weights, enters, shift,
+    past, keys_rest, row, limit,
+    DP: tl.constexpr, HAS_DECAY: tl.constexpr, SPLIT: tl.constexpr, TERMS: tl.constexpr,
+    CAREFUL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps until all rows have stopped or the limit is reached; `count` have been made.
+
+    CAREFUL: 0 is 0 times anything. TERMS: those that scores enter products as.
+    """
+    going = tl.max(active.to(tl.int32), 0)
+    while (going > 0) & (count < limit):
+        # Every product in a region of its own, though all conditions hold: where one product
+        # feeds another in the same region, Triton gives each warp whole rows, and of eight warps
+        # four would repeat what the others compute.
+        y = tl.zeros([CHUNK, DP], tl.float32)
+        if count >= 0:
+            y = tl.dot(p, past, input_precision=PRECISION)
+        if SPLIT:  # noqa: SIM102
+            if limit > 0:
+                rest = tl.load(keys_rest + row * (DP * DP) + square_at(DP, DP))
+                y = tl.dot(p, rest, y, input_precision=PRECISION)
+        if CAREFUL:
+            y = kept(y, enters)
+        elif HAS_DECAY:
+            y *= enters[:, None]
+        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+        if going > 0:
+            scores = tl.dot(p, tl.trans(keys), input_precision=PRECISION)
+            scores = _weighed(scores, weights, CAREFUL)
+        short = scores.to(OPERAND)
+        if count < limit:
+            y = tl.dot(short, keys, y, input_precision=PRECISION)
+        if TERMS == 2:  # noqa: SIM102
+            if count < limit:
+                left = (scores - short.to(tl.float32)).to(OPERAND)
+                y = tl.dot(left, keys, y, input_precision=PRECISION)
+        d = p.to(tl.float32)
+        y += d * shift
+        curvature = tl.sum(d * y, 1)
+        # Rows that are done have d = 0 and y = 0. One whose y is no number spoils its own r, which
+        # is not looked at again before the loop has ended.
+        active = active & (curvature > 0) & (curvature < float("inf"))
+        over = tl.where(active, 1.0 / curvature, 0.0)
+        a = tl.where(active, tl.sum(r * d, 1) * over, 0.0)
+        x += a[:, None] * d
+        r -= a[:, None] * y
+        smallest = tl.where(active, tl.minimum(smallest, a / length), smallest)
+        steps += active.to(tl.int32)
+        size = tl.where(active, tl.sum(r * r, 1), size)
+        active = active & (size > goal) & (size < float("inf"))
+        turn = tl.where(active, tl.sum(r * y, 1) * over, 0.0)
+        # r is now orthogonal to d, whose norm is 1 but for rounding: no sum for that of p.
+        length = tl.where(active, tl.sqrt(size + turn * turn), length)
+        following = (r - turn[:, None] * d) * (1.0 / length)[:, None]
+        p = tl.where(active[:, None], following.to(OPERAND), 0.0)
+        going = tl.max(active.to(tl.int32), 0)
+        count += 1
+    return x, r, p, active, length, smallest, size, steps, count
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "limit", "tol"])
@@ -90,6 +159,7 @@ def solve_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     READS: tl.constexpr,
+    SHORTCUT: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -97,7 +167,8 @@ def solve_kernel(
 ):
     """x [B, H, T, D] float32; out [B, H, T, E] with READS; steps of each tile [B, H, chunks].
 
-    ridge [B, RIDGES, D], RIDGES 1, HK or H. With tol = 0 every row makes `limit` steps.
+    ridge [B, RIDGES, D], RIDGES 1, HK or H. With tol = 0 every row makes `limit` steps. SHORTCUT:
+    chunks in which nothing can overflow have steps of their own.
     """
     chunk = tl.program_id(0) % chunks
     pair = tl.program_id(0) // chunks
@@ -136,46 +207,31 @@ def solve_kernel(
     smallest = tl.full([CHUNK], float("inf"), tl.float32)
     p = (r * tl.where(active, 1.0 / length, 0.0)[:, None]).to(OPERAND)
     steps = tl.zeros([CHUNK], tl.int32)
+    # Nothing is 0 times what may be no number: neither products with keys, nor what came before.
+    tame = tl.min(enters, 0) > 0.0
+    if SHORTCUT:
+        tame = tame & (tl.max(tl.max(tl.abs(keys.to(tl.float32)), 1), 0) < TAME)
     count = 0
-    going = tl.max(active.to(tl.int32), 0)
-    while (going > 0) & (count < limit):
-        # Every product in a region of its own, though all conditions hold: where one product
-        # feeds another in the same region, Triton gives each warp whole rows, and of eight warps
-        # four would repeat what the others compute.
-        y = tl.zeros([CHUNK, DP], tl.float32)
-        if count >= 0:
-            y = tl.dot(p, past, input_precision=PRECISION)
-        if SPLIT:  # noqa: SIM102
-            if limit > 0:
-                rest = tl.load(keys_rest + row * (DP * DP) + square_at(DP, DP))
-                y = tl.dot(p, rest, y, input_precision=PRECISION)
-        y = kept(y, enters)
-        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-        if going > 0:
-            scores = _scores(p, keys, weights, PRECISION)
-        if count < limit:
-            y = tl.dot(scores.to(OPERAND), keys, y, input_precision=PRECISION)
-        d = p.to(tl.float32)
-        y += d * shift
-        curvature = tl.sum(d * y, 1)
-        # Rows that are done have d = 0 and y = 0. One whose y is no number spoils its own r, which
-        # is not looked at again before the loop has ended.
-        active = active & (curvature > 0) & (curvature < float("inf"))
-        over = tl.where(active, 1.0 / curvature, 0.0)
-        a = tl.where(active, tl.sum(r * d, 1) * over, 0.0)
-        x += a[:, None] * d
-        r -= a[:, None] * y
-        smallest = tl.where(active, tl.minimum(smallest, a / length), smallest)
-        steps += active.to(tl.int32)
-        size = tl.where(active, tl.sum(r * r, 1), size)
-        active = active & (size > goal) & (size < float("inf"))
-        turn = tl.where(active, tl.sum(r * y, 1) * over, 0.0)
-        # r is now orthogonal to d, whose norm is 1 but for rounding: no sum for that of p.
-        length = tl.where(active, tl.sqrt(size + turn * turn), length)
-        following = (r - turn[:, None] * d) * (1.0 / length)[:, None]
-        p = tl.where(active[:, None], following.to(OPERAND), 0.0)
-        going = tl.max(active.to(tl.int32), 0)
-        count += 1
+    # In the steps that move x most, what rounding leaves of scores counts: the inverse multiplies
+    # it.
+    if SPLIT:
+        x, r, p, active, length, smallest, size, steps, count = _steps(
+            x, r, p, active, length, smallest, size, goal, steps, count, keys, weights, enters,
+            shift, past, keys_rest, row, tl.minimum(limit, DP // EARLY),
+            DP, HAS_DECAY, SPLIT, 2, True, OPERAND, PRECISION,
+        )  # fmt: skip
+    if SHORTCUT and tame:
+        x, r, p, active, length, smallest, size, steps, count = _steps(
+            x, r, p, active, length, smallest, size, goal, steps, count, keys, weights, enters,
+            shift, past, keys_rest, row, limit,
+            DP, HAS_DECAY, SPLIT, 1, False, OPERAND, PRECISION,
+        )  # fmt: skip
+    else:
+        x, r, p, active, length, smallest, size, steps, count = _steps(
+            x, r, p, active, length, smallest, size, goal, steps, count, keys, weights, enters,
+            shift, past, keys_rest, row, limit,
+            DP, HAS_DECAY, SPLIT, 1, True, OPERAND, PRECISION,
+        )  # fmt: skip
 
     # A step that was taken is at most 1 / (smallest ridge); a wild one is not taken again.
     r = tl.where((tl.sum(r * 0.0, 1) == 0.0)[:, None], r, 0.0)

@@ -15,16 +15,17 @@ class Config(NamedTuple):
 
 # By kernel, then by the wider of the two channel counts.
 _HALF = {
-    "gain": {16: Config(4), 32: Config(4), 64: Config(4), 128: Config(4)},
-    "sums": {16: Config(1, 4), 32: Config(2, 4), 64: Config(2, 4), 128: Config(2, 4)},
+    "segments": {16: Config(4), 32: Config(4), 64: Config(4), 128: Config(8)},
+    "scan": {16: Config(1, 4), 32: Config(2, 4), 64: Config(2, 4), 128: Config(2, 4)},
+    "sums": {16: Config(4), 32: Config(4), 64: Config(4), 128: Config(8)},
     "solve": {16: Config(4), 32: Config(4), 64: Config(4), 128: Config(8)},
 }
 # float32 operands take twice the memory.
 _SINGLE = {
     **_HALF,
-    "gain": {16: Config(4), 32: Config(4), 64: Config(4), 128: Config(8)},
     "solve": {16: Config(4), 32: Config(4), 64: Config(8), 128: Config(8)},
 }
+LENGTH = 8  # chunks of a segment
 BLOCK = 256  # numbers of a sum that one program takes from chunk to chunk
 # Whether Hkk and the solution enter products as two 16-bit terms.
 SPLIT = True
