@@ -268,4 +268,4 @@ def test_speed_at_16k() -> None:
 def test_memory_at_16k() -> None:
     op = "regard.ops:hierarchical_sparse_attention"
     used = megabytes_over_inputs(op, 16384, options="block=256, budget=2048")
-    assert used < 16384**2 * 4 / 2**20 / 4, used  # a quarter of one head's map
+    assert used < 64, used  # a map of one head would be 1024

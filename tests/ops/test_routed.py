@@ -173,7 +173,7 @@ def test_faster_than_dense_attention_and_than_gathering_all():
             if name == "gathered":
                 assert relative_error(calls["routed"](), out) < 1e-5
         seconds[name] = min(runs)
-    assert seconds["routed"] < seconds["dense"] / 5, seconds
+    assert seconds["routed"] < seconds["dense"] / 6, seconds
     assert seconds["routed"] < seconds["gathered"], seconds
 
 

@@ -136,3 +136,13 @@ def test_memory_at_16384_tokens(backward: bool):
         "regard.ops:window_attention", 16384, backward=backward, options="window=(255, 0)"
     )
     assert used < (100 if backward else 64), used
+
+
+@pytest.mark.slow
+def test_memory_of_windows_of_a_video():
+    """4 x 64 x 64 tokens: no mask of all pairs, which would be 256 MB."""
+    grid = "(4, *[round((given[0].shape[2] / 4) ** 0.5)] * 2)"
+    used = megabytes_over_inputs(
+        "regard.ops:inward_window_attention", 16384, options=f"grid={grid}, half=9"
+    )
+    assert used < 64, used

@@ -76,6 +76,9 @@ def together(run: Callable[[], Result]) -> Result:
             run()
         finally:
             _meets.reset(token)
+    for translated in found.values():  # all are done
+        if translated.exception() is None:
+            _load(translated.result())
     return run()  # whatever could not be translated says so here
 
 
@@ -83,13 +86,28 @@ def _stop(*_: Any) -> None:
     raise _Missing
 
 
-def _translate(kernel: Any, device: int, chosen: dict[str, Any], options: dict[str, Any]) -> None:
-    """Translates a kernel, its launcher in C included, and loads it."""
+def _translate(kernel: Any, device: int, chosen: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Translates a kernel, and its launcher in C, which stays in Triton's cache of files."""
     with torch.cuda.device(device):
         found = kernel.warmup(grid=(1, 1, 1), **chosen, **options)
-        load = getattr(found, "_init_handles", None)
-        if load is not None:
-            load()
+        if hasattr(found, "src"):
+            from triton.runtime import driver
+
+            active: Any = driver.active
+            active.launcher_cls(found.src, found.metadata)
+    return found
+
+
+def _load(found: Any) -> None:
+    """Loads what was translated: one at a time, while nothing else is loaded.
+
+    Up to Triton 3.6 all launchers are modules of one name. Python puts the functions of one that
+    was loaded before into the module that has this name now: between its loading and its reading
+    by another thread, that may be the launcher of another kernel.
+    """
+    load = getattr(found, "_init_handles", None)
+    if load is not None:
+        load()
 
 
 def start(

@@ -26,9 +26,9 @@ def serves(like: Tensor, dtype: torch.dtype, rows: int, keys: int) -> bool:
     return torch.get_float32_matmul_precision() == "highest" and available()
 
 
-def times(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T for x [M, K] and w [N, K]."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+def times(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x w^T for x [M, K] and w [N, K], plus bias [N]."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
 
 
 def times_and_weigh(x: Tensor, w: Tensor, weights: Tensor) -> Tensor:

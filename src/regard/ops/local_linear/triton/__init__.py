@@ -149,7 +149,8 @@ def sees_few_keys(call: Call) -> bool:
     if left >= 0:
         keys = min(S, left + (T if right < 0 else 1 + right))
     singular = call.ridge_mode == "absolute" or not call.intercept or D <= DIRECT_UP_TO
-    most = FEW_KEYS["singular" if singular else str(call.q.dtype)[6:]]
+    kind = "float16" if call.q.dtype == torch.float16 else "bfloat16"
+    most = FEW_KEYS["singular" if singular else kind]
     return keys <= most and T * keys <= FEW_PAIRS
 
 
