@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -171,9 +170,19 @@ class Run:
                 except subprocess.TimeoutExpired:
                     part.kill()  # what is missing is compiled when it is called
                     part.wait()
+            spent: list[tuple[str, str, float, str]] = []
             for file in work.glob("*.pickle"):
-                found |= pickle.loads(file.read_bytes())
+                rows, own = pickle.loads(file.read_bytes())
+                found |= rows
+                spent += own
             taken = len(list(work.glob("*.taken")))
+        self.result.facts["prepared"] = {
+            "processes": count, "jobs": taken, "seconds": sum(job[2] for job in spent),
+            "longest": sorted(spent, key=lambda job: -job[2])[:10],
+        }  # fmt: skip
+        for kind, name, _, fault in spent:
+            if fault:
+                print(f"not done beforehand: {kind} {name}: {fault}", file=sys.stderr)
         for place, (case, _) in enumerate(checks):
             self.result.checks.append(found.get(place) or Left(case, NO_TIME))
         self.keep(f"{count} processes, {taken} jobs; {len(found)} of {len(checks)} checks")
@@ -218,17 +227,35 @@ def work(options: argparse.Namespace) -> None:
     """
     todo = pickle.loads((options.worker / "jobs").read_bytes())
     bench, found = Bench("cuda", timed=False), {}
+    spent: list[tuple[str, str, float, str]] = []  # kind, first call, seconds, what broke
     for number in take(options.worker, len(todo), options.until):
-        kind, calls = todo[number]
+        (kind, calls), begun, fault = todo[number], time.perf_counter(), ""
         for place, case, learn in calls:
             if kind == "compile":
-                with suppress(Exception):  # whatever fails will say so when it is timed
-                    _compile(case)
-                cases.forget()  # they are large, and many processes share one device
-                torch.cuda.empty_cache()
+                fault = _compiled(case)
             elif time.time() < options.until:
                 found[place] = judged(bench, case, learn)
-                write_atomically(options.worker / f"{options.part}.pickle", pickle.dumps(found))
+        spent.append((kind, calls[0][1].name, time.perf_counter() - begun, fault))
+        write_atomically(options.worker / f"{options.part}.pickle", pickle.dumps((found, spent)))
+
+
+def _compiled(case: Case) -> str:
+    """Makes the calls that translate a case's kernels; what broke, "" if nothing did.
+
+    Once more where it broke: many processes share a device, and its memory.
+    """
+    fault = ""
+    for _ in range(2):
+        try:
+            _compile(case)
+            fault = ""
+        except Exception as error:  # it will say so when it is timed
+            fault = f"{type(error).__name__}: {str(error)[:200]}"
+        cases.forget()  # what was drawn is large
+        torch.cuda.empty_cache()
+        if not fault:
+            break
+    return fault
 
 
 def flex_compile() -> dict[str, dict[str, float]]:

@@ -99,3 +99,21 @@ def test_the_layer_written_out_is_the_layer() -> None:
     ours = HaloAttention(8, heads=2, block=4, halo=1)
     x = torch.randn(2, 8, 8, 12)
     torch.testing.assert_close(module.CopiedWindows(ours)(x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_what_flex_attention_cannot_do_is_not_timed_beside_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    blocks = {"block_q": 128, "block_k": 128}
+    case = replace(SMALL, length=512, causal=False, options=blocks)
+    assert sparse.flex(case, case.arguments()) is not None
+    assert sparse.flex(replace(case, options=BLOCKS), case.arguments()) is None
+    planned = replace(case, policy="pyramid")
+    assert sparse.flex(planned, planned.arguments()) is None
+    window = replace(WINDOW, length=128)
+    run = sparse.flex(window, window.arguments())
+    given = window.arguments()
+    assert run is not None
+    torch.testing.assert_close(run(*(given[n] for n in "qkv")), window.run(given))

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from regard.bench.kernels import gpu, judge, pages
+from regard.bench.kernels import gpu, judge, measure, others, pages
 from regard.bench.kernels.case import Case
 from regard.bench.kernels.jobs import jobs, take
 from regard.bench.kernels.measure import Bench
 from regard.bench.kernels.rows import Left
+from regard.bench.measure.clock import Stopwatch, Timing
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks/gpu.py"
@@ -117,8 +118,10 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "1.taken").touch()  # by another process
     options = type("Options", (), {"part": "7", "worker": tmp_path, "until": math.inf})()
     script["work"](options)
-    found = pickle.loads((tmp_path / "7.pickle").read_bytes())
+    found, spent = pickle.loads((tmp_path / "7.pickle").read_bytes())
     assert sorted(found) == [0, 2, 3, 4]
+    assert [(kind, fault) for kind, _, _, fault in spent] == [("check", "")] * 4
+    assert all(seconds > 0 for _, _, seconds, _ in spent)
     assert [found[place].case.length for place in sorted(found)] == [30, 32, 33, 34]
     assert all(row.right for row in found.values())
     assert list(take(tmp_path, 5, time.time() + 60)) == []
@@ -206,3 +209,28 @@ def test_unrounded_and_rounded_inputs_are_walked_together(mechanism: str) -> Non
         apart = judge._reference_rows(case, given, blocks, 1)
         assert (found - apart).norm() <= 1e-12 * apart.norm()
     assert (both[0] - both[1]).norm() > 1e-4 * both[0].norm()
+
+
+def test_what_takes_long_of_torch_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[set[str]] = []
+
+    def undisturbed(calls: Any, *_: Any, **options: Any) -> Any:
+        timed.append(set(calls))
+        assert options["rounds"] == (3 if "flash forward" in calls else 5)
+        return {name: Timing(0.4, 3) for name in calls}, 0.0
+
+    class Watch(Stopwatch):
+        def once(self, call: Any, ahead: float = 0.0) -> tuple[float, Any]:
+            return 0.1, call()
+
+    bench = Bench(attempts=1)
+    monkeypatch.setattr(measure, "undisturbed", undisturbed)
+    monkeypatch.setattr(measure, "_KERNELS", {"cuda": {"flash": None}})
+    monkeypatch.setattr(others, "contestants", lambda *_: {})
+    bench.kind, bench.watch = "cuda", Watch()
+    first, second = (bench.row(replace(SMALL, keys=keys)) for keys in ("normal", "offset"))
+    assert timed == [{"forward", "flash forward"}, {"forward"}]
+    assert first.seconds == second.seconds == {"forward": 0.4, "flash forward": 0.4}
+    assert second.numbers["forward/flash"] == 1.0
+    bench.row(replace(SMALL, causal=False))
+    assert timed[-1] == {"forward", "flash forward"}

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from regard.bench.kernels import sparse
 from regard.bench.kernels.case import Case
 
 Learn = tuple[str, ...] | None
@@ -68,11 +69,13 @@ MANY = 2**14  # tokens: longer calls are compiled as these are
 def _kernels(case: Case) -> tuple[Any, ...]:
     """What the kernels of a call may depend on: neither ridge nor keys nor density.
 
-    What compiles a backward compiles the forward, too.
+    What compiles a backward compiles the forward, too. FlexAttention, which is compiled beside
+    ours, depends on the length.
     """
     names = ("mechanism", "dim", "dtype", "extra", "causal", "heads", "kv_heads")
     options = [str(item) for item in case.options.items() if item[0] not in ("tol", "tol_backward")]
-    length = case.length if case.fixed_state else min(case.length, MANY)
+    flexible = case.mechanism in sparse.MECHANISMS and case.options.get("block_k") == sparse.BLOCK
+    length = case.length if case.fixed_state or flexible else min(case.length, MANY)
     rows = length if case.rows == case.length else case.rows
     named = [getattr(case, name) for name in names]
     decoding = case.work == "decode"

@@ -27,12 +27,14 @@ BLOCK, SMALL_BLOCK = 128, 64
 
 
 def operands(case: Case, device: str) -> dict[str, Tensor]:
-    """The plan of a case: levels 0 and 1, `case.density` of the blocks that can be seen."""
+    """The plan of a case: bools, `case.density` of the blocks that can be seen."""
     if case.mechanism != "block_sparse":
         return {}
     if case.policy is not None:
         q, k, _ = case.drawn(device)
-        return {"levels": plan_of(case, q.to(case.torch_dtype), k.to(case.torch_dtype)).levels}
+        return {
+            "levels": plan_of(case, q.to(case.torch_dtype), k.to(case.torch_dtype)).for_attention()
+        }
     nq, nk = (-(-n // case.options[name]) for n, name in _sides(case))
     return {"levels": _levels(case.heads, nq, nk, case.density or 1.0, case.causal, device)}
 
@@ -48,7 +50,7 @@ def _levels(heads: int, nq: int, nk: int, density: float, causal: bool, device: 
         scores = scores.masked_fill(columns >= most, 2.0)
         scores = scores.masked_fill(columns == most - 1, -1.0)  # its own
     wanted = (most * density).ceil().clamp(min=1)
-    return (scores.argsort(-1).argsort(-1) < wanted).to(torch.int8)
+    return scores.argsort(-1).argsort(-1) < wanted  # bools, as `attend` passes such a plan
 
 
 def forget() -> None:
@@ -124,7 +126,7 @@ def flex(case: Case, given: Mapping[str, Any]) -> Callable[..., Tensor] | None:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     length, device = case.length, given["q"].device
-    if case.rows != length:
+    if case.rows != length or case.policy is not None:  # pooled levels are no blocks of its
         return None
     if case.mechanism == "window":
         width = case.options["window"][0]
@@ -136,7 +138,7 @@ def flex(case: Case, given: Mapping[str, Any]) -> Callable[..., Tensor] | None:
     else:
         levels = given["levels"]
         count = levels.sum(-1, dtype=torch.int32)
-        order = levels.argsort(dim=-1, descending=True, stable=True).int()
+        order = levels.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
         nothing = torch.zeros_like(count)
         mask = BlockMask.from_kv_blocks(nothing, order, count, order, BLOCK_SIZE=BLOCK)
     torch._dynamo.reset()  # every row has a shape, or a mask, of its own
@@ -296,8 +298,9 @@ def _target(quantity: str, most: float) -> Any:
 
 def checked_on_gpu(plain: Case, dtypes: tuple[str, ...]) -> Iterator[tuple[Case, tuple[str, ...]]]:
     """Calls that are compared whole, with all gradients."""
+    every = [(block, causal) for block in (BLOCK, SMALL_BLOCK) for causal in (True, False)]
     for dtype in dtypes:
-        for dim in (64, 128):
+        for dim in (64,) if dtype == "float16" else (64, 128):
             wide = dtype == "float32"
             case = replace(
                 plain, dtype=dtype, dim=dim, extra=(), bound=1e-5,
@@ -305,9 +308,11 @@ def checked_on_gpu(plain: Case, dtypes: tuple[str, ...]) -> Iterator[tuple[Case,
             )  # fmt: skip
             window = {"window": (WINDOW - 1, 0)}
             yield replace(case, mechanism="window", options=window), ()
-            for block in (BLOCK, SMALL_BLOCK):
+            for block, causal in every if dtype == "bfloat16" else (every[0], every[3]):
                 blocks = {"block_q": block, "block_k": block}
-                for causal in (True, False):
-                    yield replace(
+                yield (
+                    replace(
                         case, mechanism="block_sparse", options=blocks, density=0.4, causal=causal
-                    ), ()  # fmt: skip
+                    ),
+                    (),
+                )

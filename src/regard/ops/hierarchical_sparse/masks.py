@@ -155,7 +155,7 @@ def _vertical_slash(q: Tensor, k: Tensor, grid: _Grid, vertical: float) -> Tenso
     rows = grid.block_q
     # Behind rows - 1 keys that are not there, a row that is read from one place further on has
     # equal distances in a column.
-    scores = (q[:, :, -rows:] * q.shape[3] ** -0.5) @ pad(k, (0, 0, rows - 1, 0)).mT
+    scores = (q[:, :, -rows:] @ pad(k, (0, 0, rows - 1, 0)).mT).mul_(q.shape[3] ** -0.5)
     scores[..., : rows - 1] = -torch.inf
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
     scores[..., -rows:].masked_fill_(future, -torch.inf)
