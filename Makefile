@@ -1,5 +1,6 @@
 # make demo    set up an environment in .venv and compare attention mechanisms on real data
 # make test    the fast tests             make test-all  the slow ones too
+# make test-timm   those that need timm, in an environment of its own, .venv-timm
 # make check   all that must be green: linter, types, documentation, guards, tests
 # make bench   the benchmarks of a CPU    make docs      the site, in site/
 # make clean   remove what the others made, but for .venv
@@ -24,11 +25,15 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.regard-base
 DEV := $(VENV)/.regard-dev
 DOCS := $(VENV)/.regard-docs
+TIMM_VENV := .venv-timm
+TIMM := $(TIMM_VENV)/.regard-timm
 SOURCES := pyproject.toml setup.py constraints.txt \
 	$(wildcard $(addsuffix *.[ch],$(addprefix src/regard/,*/ */*/ */*/*/))) src/regard/native/table.py
 
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+# The release of torchvision that belongs to a torch 2.N is 0.(N + 15).
+ITS_VISION := import torch; print(f"0.{int(torch.__version__.split(chr(46))[1]) + 15}.*")
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # The constraints, without a line for torch where there is one already.
 PINS := $(VENV)/constraints.txt
@@ -37,7 +42,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest \
 	-p xdist -p hypothesispytest
 
-.PHONY: demo test test-all check lint types guards bench docs clean
+.PHONY: demo test test-all test-timm check lint types guards bench docs clean
 
 demo: $(BASE)
 	$(BIN)/regard compare co2 --out report.html
@@ -47,6 +52,22 @@ test: $(DEV)
 
 test-all: $(DEV)
 	$(PYTEST) -n 2 -m "" $(PYTEST_OPTIONS)
+
+# timm needs torchvision, which transformers would find and use, although its operators do not load
+# beside a torch for CPUs: so both are kept out of .venv, whose packages the second one sees.
+test-timm: $(TIMM)
+	$(ONE_THREAD) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(TIMM_VENV)/bin/python tests/with_timm.py \
+		tests/adapt/test_timm.py tests/models/test_halonet.py -q $(PYTEST_OPTIONS)
+
+$(TIMM): $(DEV)
+	$(BIN)/python -m venv --without-pip $(TIMM_VENV)
+	@$(TIMM_VENV)/bin/python -c 'import pathlib, site, sys; \
+		pathlib.Path(site.getsitepackages()[0], "main.pth").write_text( \
+		f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	$(BIN)/python -m pip --disable-pip-version-check --python $(TIMM_VENV)/bin/python install \
+		--quiet --no-deps 'timm>=1.0' "torchvision==$$($(BIN)/python -c '$(ITS_VISION)')"
+	@touch $@
 
 # One after the other, whatever -j says; the guards are among the tests, which come last.
 check:

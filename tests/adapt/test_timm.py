@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lens.timm_like import Attention, VisionTransformer
 from regard.adapt import timm as adapt
+from regard.lens.importance import head_importance
+from regard.lens.pruning import Pruner
+from regard.lens.tap import tap
 
 
 class Recent(Attention):
@@ -129,13 +133,21 @@ def test_refuses_models_of_another_kind() -> None:
 
 
 @pytest.mark.requires("timm")
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "vit_small_patch14_reg4_dinov2",  # registers, and a scale per channel
+        "vit_base_patch16_clip_224",
+    ],
+)
 def test_models_of_timm(name: str) -> None:
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, depth=2, num_classes=3).eval()
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(1, 3, *model.patch_embed.img_size)
     # Its head starts at zero, and says nothing.
     keys, before = list(model.state_dict()), model.forward_features(images)
     done = adapt.swap(model, "softmax")
@@ -144,3 +156,54 @@ def test_models_of_timm(name: str) -> None:
     torch.testing.assert_close(model.forward_features(images), before, atol=1e-5, rtol=0)
     adapt.restore(model)
     assert torch.equal(model.forward_features(images), before)
+
+
+@pytest.mark.requires("timm")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("eva02_tiny_patch14_224", "q_bias, v_bias, rope"),
+        ("beit_base_patch16_224", "relative_position_bias_table"),
+        ("vit_srelpos_small_patch16_224", "shared_rel_pos"),
+    ],
+)
+def test_models_of_timm_with_more_than_the_layout(name: str, why: str) -> None:
+    import timm
+
+    model = timm.create_model(name, pretrained=False, depth=2, num_classes=3)
+    with pytest.raises(ValueError, match=why):
+        adapt.swap(model, "softmax")
+
+
+@pytest.mark.requires("timm")
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("vit_tiny_patch16_224", slice(0, 1)),
+        ("deit_tiny_distilled_patch16_224", slice(0, 2)),
+        ("eva02_tiny_patch14_224", None),
+    ],
+)
+def test_lenses_on_models_of_timm(name: str, read: slice | None) -> None:
+    """Taps change no bit; heads are pruned as by the whole loop."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, depth=2, num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.05)
+        images, labels = torch.randn(2, 3, *model.patch_embed.img_size), torch.tensor([0, 1])
+        before, seen = model(images), []
+        with tap(model, read=lambda attention: seen.append(attention.weights.sum(-1))):
+            assert torch.equal(model(images), before)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], torch.ones_like(seen[0]))
+    with Pruner(model) as pruner:
+        pruner.record(images)
+        assert pruner.read == read
+    kept = head_importance(model, images, labels)
+    whole = head_importance(model, images, labels, prefix=False, copies=1)
+    for metric, values in kept.per_image.items():
+        np.testing.assert_allclose(values, whole.per_image[metric], atol=2e-5)

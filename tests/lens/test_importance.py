@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lens.timm_like import VisionTransformer
 from lens.tiny_vit import golden_model, golden_numbers
@@ -18,6 +19,7 @@ from regard.lens.curves import interaction, pruning_curve
 from regard.lens.importance import METRICS, bootstrap, changes, head_importance, kendall
 from regard.lens.layers import attention_layers
 from regard.lens.pruning import Pruner, head_gates
+from regard.ops.local_linear import gemm
 
 
 @pytest.fixture(scope="module")
@@ -96,44 +98,119 @@ def test_prefixes_change_nothing(
         np.testing.assert_array_equal(alone.per_image[name], whole.per_image[name])
 
 
-def test_layers_before_the_pruned_one_are_not_run(
+def test_what_is_the_same_without_a_head_is_not_run(
     model: nn.Module, sample: tuple[Tensor, Tensor]
 ) -> None:
+    """Neither earlier layers, nor queries, keys and values of the pruned one."""
     ran: list[int] = []
     handles = [
-        block.attn.register_forward_hook(lambda *_, number=number: ran.append(number))
+        block.attn.qkv.register_forward_hook(lambda *_, number=number: ran.append(number))
         for number, block in enumerate(model.blocks)  # type: ignore[arg-type]
     ]
-    head_importance(model, *sample, metrics=["jsd"])
-    assert ran == [0, 1, 2, *(0, 1, 2), *(1, 2), *(2,)]
-    ran.clear()
-    head_importance(model, *sample, metrics=["jsd"], prefix=False, copies=1)
-    assert ran == [0, 1, 2] * (1 + 9)
-    for handle in handles:
-        handle.remove()
+    try:
+        head_importance(model, *sample, metrics=["jsd"])
+        assert ran == [0, 1, 2, *(1, 2), *(2,)]
+        ran.clear()
+        head_importance(model, *sample, metrics=["jsd"], copies=1)
+        assert ran == [0, 1, 2, *(0, 1, 2) * 3, *(1, 2) * 3, *(2,) * 3]
+        ran.clear()
+        head_importance(model, *sample, metrics=["jsd"], prefix=False, copies=1)
+        assert ran == [0, 1, 2] * (1 + 9)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def test_prefixes_save_most_of_half_of_twelve_layers() -> None:
-    """Counted, not timed: blocks run per image, with and without kept prefixes; same answers."""
+def test_prefixes_save_more_than_half_of_twelve_layers() -> None:
+    """Counted, not timed: multiplications with kept prefixes and without; same answers."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"img_size": 8, "patch_size": 4, "num_classes": 3, "mlp_ratio": 1.0}
+    options: dict[str, Any] = {"img_size": 16, "patch_size": 4, "num_classes": 3}
     deep = VisionTransformer(embed_dim=12, depth=12, num_heads=3, **options).eval()
-    images, labels = torch.randn(2, 3, 8, 8), torch.arange(2)
-    ran = [0]
+    images, labels = torch.randn(2, 3, 16, 16), torch.arange(2)
+    found, products = [], []
+    for more in ({"prefix": False}, {"copies": 1}, {}):
+        with FlopCounterMode(display=False) as counter:
+            found.append(head_importance(deep, images, labels, metrics=["jsd"], **more))
+        products.append(counter.get_total_flops())
+        np.testing.assert_allclose(found[-1].per_image["jsd"], found[0].per_image["jsd"], atol=1e-6)
+    assert products[0] / products[1] > 1.7
+    assert products[0] / products[2] > 2.0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ran[0] += len(output) // len(images)
 
-    for block in deep.blocks:
-        block.attn.register_forward_hook(count)
-    found, evaluations = [], []
-    for prefix in (True, False):
-        ran[0] = 0
-        found.append(head_importance(deep, images, labels, metrics=["jsd"], prefix=prefix))
-        evaluations.append(ran[0])
-    assert evaluations == [12 + 3 * sum(range(1, 13)), 12 + 3 * 12 * 12]
-    assert evaluations[1] / evaluations[0] > 1.6
-    np.testing.assert_allclose(found[0].per_image["jsd"], found[1].per_image["jsd"], atol=1e-6)
+class Pooled(nn.Module):
+    """The golden model with a classifier that reads other tokens than the first."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.vit, self.pool = golden_model(), pool
+        self.head, self.vit.head = self.vit.head, nn.Identity()
+        self.vit.forward = self.tokens  # type: ignore[method-assign]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        first = self.vit.cls_token.expand(len(images), -1, -1)
+        x = torch.cat([first, patches], 1) + self.vit.pos_embed
+        return self.vit.norm(self.vit.blocks(x))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.head, self.vit(images))
+
+
+POOLS: dict[str, tuple[Any, slice | None]] = {
+    "class token": (lambda head, x: head(x[:, 0]), slice(0, 1)),
+    "last token": (lambda head, x: head(x[:, -1]), slice(-1, None)),
+    "two tokens": (lambda head, x: head(x[:, 0]) + head(x[:, 1]), slice(0, 2)),
+    "mean": (lambda head, x: head(x.mean(1)), None),
+    "maximum": (lambda head, x: head(x.amax(1)), None),
+    "all scored": (lambda head, x: head(x)[:, 0], None),  # the embedding holds every token
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_of_the_last_block_only_tokens_that_are_read(
+    sample: tuple[Tensor, Tensor], pool: str
+) -> None:
+    function, read = POOLS[pool]
+    pooled = Pooled(function).eval()
+    with Pruner(pooled) as pruner:
+        pruner.record(sample[0])
+        assert pruner.read == read
+    for ablation in ("zero", "uniform"):
+        kept = head_importance(pooled, *sample, ablation=ablation)
+        whole = head_importance(pooled, *sample, ablation=ablation, prefix=False, copies=1)
+        for name in METRICS:
+            np.testing.assert_allclose(kept.per_image[name], whole.per_image[name], atol=2e-5)
+    assert untouched(pooled.vit.blocks)
+
+
+def test_runs_in_any_order_know_nothing_of_each_other(sample: tuple[Tensor, Tensor]) -> None:
+    """What an earlier run computed with other heads pruned is not taken for the recorded."""
+    gates = torch.ones(2, 1, 3, 3)
+    gates[0, 0, 0, 1] = gates[1, 0, 1, 2] = 0
+    with Pruner(golden_model(), ablation="uniform") as pruner:
+        pruner.record(sample[0])
+        first = pruner.run(gates[1]).logits
+        pruner.run(gates[0])
+        assert torch.equal(pruner.run(gates[1]).logits, first)
+
+
+def test_products_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough that a CPU with AVX-512 takes oneDNN: equal to rounding."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"img_size": 16, "patch_size": 2, "num_classes": 5}
+    wide = VisionTransformer(embed_dim=96, depth=2, num_heads=3, **options).eval()
+    sample = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
+    calls: list[int] = []
+    times = gemm.times
+    monkeypatch.setattr(gemm, "times", lambda *a: calls.append(1) or times(*a))
+    ours = head_importance(wide, *sample)
+    assert bool(calls) == gemm.available()
+    calls.clear()
+    monkeypatch.setattr(gemm, "available", lambda: False)
+    plain = head_importance(wide, *sample)
+    assert not calls
+    for name in METRICS:
+        np.testing.assert_allclose(ours.per_image[name], plain.per_image[name], atol=2e-5)
 
 
 def test_gates_of_one_change_no_bit_and_zero_is_no_value(

@@ -62,6 +62,26 @@ def test_logits_and_features_of_timm(tmp_path):
         assert (features - data["out"]["features"]).abs().max() < 1e-4
 
 
+@pytest.mark.requires("timm")
+@pytest.mark.parametrize("name", ["halonet26t", "sehalonet33ts", "halo2botnet50ts_256"])
+def test_networks_of_timm(name, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, pretrained=False).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "published.pth")
+    ours = regard.create_model(name, checkpoint=tmp_path / "published.pth").eval()
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        wanted = theirs(x)
+        assert (ours(x) - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+
+
 def test_odd_sides_are_filled_up_or_refused():
     x = torch.randn(1, 3, 100, 140)
     assert small()(x).shape == (1, 7)

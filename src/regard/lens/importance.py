@@ -137,8 +137,10 @@ def head_importance(
         cls_cosine_distance, cls_l2    between the embeddings that enter the classifier
         grad_sensitivity |d loss / d gate| at the whole model: a cheap first-order stand-in
 
-    each a mean over images. Only layers from the pruned one onwards are computed: their inputs are
-    kept from one run of the whole model; the heads of a layer run as copies of the batch.
+    each a mean over images. Only what follows the pruned head is computed, from the output
+    projection of its layer on, since what comes before is kept from one run of the whole model; of
+    the last block only the tokens that the classifier reads; and the heads of a layer run as copies
+    of the batch.
 
     Args:
         model: an image classifier (or any encoder with logits [B, C]) in evaluation mode.
@@ -152,14 +154,17 @@ def head_importance(
         readout: from what the model returns to logits, if that has no `.logits`.
         head: name of the module that the embedding enters.
         prefix: False recomputes every layer, for comparison: the same numbers.
-        copies: heads that run at once; default all of a layer.
+        copies: heads that run at once; default all of a layer, or as many as a CPU's caches hold.
+            With 1, every layer from the pruned one on is computed as by the model itself: numbers
+            are the same, bit for bit, as with `prefix=False, copies=1`; else up to rounding.
         resamples: bootstrap samples of images for the intervals.
         confidence: of the intervals.
         seed: of the bootstrap.
 
-    Precision: logits in the model's dtype, probabilities and metrics in float64. Cost: L H forwards
-    of (L + 1) / 2L of the model on average; one backward more for grad_sensitivity. Memory: the
-    inputs of L blocks for one batch, `copies` times a batch's activations. Source: the visual
+    Precision: logits in the model's dtype, probabilities and metrics in float64; on a CPU with
+    AVX-512, float32 products by oneDNN unless `copies` is 1. Cost: for each of L H heads somewhat
+    less than L / 2 blocks; one backward more for grad_sensitivity. Memory: of L blocks the inputs
+    and the heads' outputs for one batch, `copies` times a batch's activations. Source: the visual
     analytics of Li et al., arXiv 2303.13731, rank heads by several pruning-based metrics; the
     definitions here are as written above. Limits: encoders with one self-attention per block.
     Zero ablation takes a model out of what it has seen; compare with "mean".
@@ -176,7 +181,13 @@ def head_importance(
     parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen}
     known, predicted = [], []
     pruner = Pruner(
-        model, readout=readout, head=head, ablation=ablation, prefix=prefix, operation=operation
+        model,
+        readout=readout,
+        head=head,
+        ablation=ablation,
+        prefix=prefix,
+        shortcuts=copies != 1,
+        operation=operation,
     )
     with pruner:
         if ablation == "mean":
@@ -192,8 +203,7 @@ def head_importance(
                 )
             found = []
             for gates in _plan(pruner, unit):
-                step = copies or len(gates)
-                for rows in gates.split(step):
+                for rows in gates.split(copies or min(len(gates), pruner.at_once())):
                     pruned = pruner.run(rows)
                     found.append(
                         changes(

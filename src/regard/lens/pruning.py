@@ -8,6 +8,7 @@ what the head would give with uniform weights.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.lens.layers import Layer, attention_layers
+from regard.lens.shortcuts import Shortcuts, instead
 
 Ablation = Literal["zero", "mean", "uniform"]
 ABLATIONS = ("zero", "mean", "uniform")
 HEADS = ("head", "classifier", "heads", "fc", "score")
 Batch = Tensor | Mapping[str, Any]
+MOST_NUMBERS = 1 << 20  # in the hidden states of copies that a CPU runs together
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Answer:
 
     logits: Tensor
     embedding: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Both of them."""
+        return self.logits, self.embedding
 
 
 class head_gates:  # noqa: N801 (a context manager, used as a function)
@@ -100,6 +107,9 @@ class Pruner:
     `record(batch)` runs it as it is and keeps what entered every block; `run(gates)` then runs it
     from the first block that changes. Blocks before are passed over in the model's own forward,
     which is otherwise untouched: what comes before and after the stack runs as it was written.
+    With shortcuts, the first block begins at its output projection, the last one computes only the
+    tokens that the model goes on to read, and linear layers may be computed by oneDNN, so that
+    answers differ by rounding from the whole model's.
     A context manager: outside nothing of it is left in the model.
 
     Args:
@@ -109,6 +119,8 @@ class Pruner:
             model pools); default: the first of `head`, `classifier`, `heads`, `fc`, `score`.
         ablation: what a pruned head gives: "zero", "mean" (call `learn_means` first), "uniform".
         prefix: False runs the whole model every time: for comparison.
+        shortcuts: False computes the blocks from the first that changes whole and as the model
+            does: the same bits, where all of a batch's rows run at once.
     """
 
     def __init__(
@@ -119,6 +131,7 @@ class Pruner:
         head: str | None = None,
         ablation: Ablation = "zero",
         prefix: bool = True,
+        shortcuts: bool = True,
         operation: str = "Pruner",
     ) -> None:
         if ablation not in ABLATIONS:
@@ -128,6 +141,7 @@ class Pruner:
         self.operation, self.model, self.ablation, self.prefix = operation, model, ablation, prefix
         self.layers = attention_layers(model, operation)
         self.heads = max(layer.heads for layer in self.layers)
+        self._short = prefix and shortcuts
         self._readout = readout or self._logits
         self._head = _named(model, head, operation)
         self._means: list[Tensor] | None = None
@@ -139,6 +153,8 @@ class Pruner:
         self._entered: dict[int, Tensor] = {}
         self._left: dict[int, tuple[Any, ...] | None] = {}  # what a block returns beside its output
         self._uniform: dict[int, Tensor] = {}
+        self._recorded_uniform: dict[int, Tensor] = {}
+        self._shortcuts = Shortcuts(self.layers)
         self._gates: Tensor | None = None
         self._embedding: Tensor | None = None
         self._seen: Callable[[int, Tensor], None] | None = None
@@ -153,6 +169,8 @@ class Pruner:
                 layer.block.register_forward_hook(self._leave(number)),
                 layer.projection.register_forward_pre_hook(self._look(number)),
                 layer.projection.register_forward_pre_hook(scale),
+                layer.projection.register_forward_hook(self._project(number)),
+                layer.attention.register_forward_hook(self._attend(number)),
                 layer.values.register_forward_hook(self._spread(number)),
             ):
                 self._stack.callback(handle.remove)
@@ -165,11 +183,27 @@ class Pruner:
         self._forget()
 
     def record(self, batch: Batch) -> Answer:
-        """Runs the model as it is; memory: the input of every block of this batch."""
+        """Runs the model as it is; memory: of every block its input and its heads' outputs."""
         self._forget()
         self._batch, self._rows = batch, _rows(batch)
         with self._as("record"), torch.no_grad():
-            return self._call()
+            answer = self._call()
+        if self._short:
+            last = len(self.layers) - 1
+            self._shortcuts.find_read(lambda: self._run(last, None).tensors(), answer.tensors())
+        return answer
+
+    @property
+    def read(self) -> slice | None:
+        """Tokens of the last block that the recorded answer depends on; None: any of them."""
+        return self._shortcuts.read
+
+    def at_once(self) -> int:
+        """Copies of the recorded batch that are best run together: on a CPU, few enough for its
+        caches; elsewhere any number.
+        """
+        one = self._entered[0]
+        return max(1, MOST_NUMBERS // one.numel()) if one.device.type == "cpu" else sys.maxsize
 
     def run(self, gates: Float[Tensor, "g l h"]) -> Answer:
         """One answer per row of gates, of the recorded batch: logits [G, B, C].
@@ -179,19 +213,25 @@ class Pruner:
         """
         changed = (gates != 1).any(-1).any(0).nonzero()
         first = int(changed[0]) if len(changed) else len(self.layers) - 1
-        self._start, self._copies = first if self.prefix else 0, len(gates)
-        self._gates = gates.repeat_interleave(self._rows, 0)  # copy-major: [G B, L, H]
-        with ExitStack() as stack, self._as("run"), torch.no_grad():
-            for number, layer in enumerate(self.layers[: self._start]):
-                layer.block.forward = self._pass_on(number)  # type: ignore[method-assign]
-                stack.callback(_restore, layer.block)
-            answer = self._call()
+        answer = self._run(first if self.prefix else 0, gates)
         shape = (len(gates), self._rows)
         embedding = answer.embedding
         return Answer(
             answer.logits.unflatten(0, shape),
             None if embedding is None else embedding.unflatten(0, shape),
         )
+
+    def _run(self, start: int, gates: Tensor | None) -> Answer:
+        self._start, self._copies = start, 1 if gates is None else len(gates)
+        if gates is not None:
+            self._gates = gates.repeat_interleave(self._rows, 0)  # copy-major: [G B, L, H]
+        self._uniform = dict(self._recorded_uniform)
+        with ExitStack() as stack, self._as("run"), torch.no_grad():
+            for number, layer in enumerate(self.layers[:start]):
+                stack.enter_context(instead(layer.block, self._pass_on(number)))
+            if self._short:
+                stack.enter_context(self._shortcuts.taken(start, self._copies))
+            return self._call()
 
     def gradient(self, loss: Callable[[Tensor], Tensor]) -> Float[Tensor, "b l h"]:
         """d loss(logits) / d gates at one, per recorded image; the loss is a sum over images."""
@@ -307,17 +347,32 @@ class Pruner:
 
         return hook
 
+    def _project(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if self._mode == "record" and self._short:
+                self._shortcuts.projected(number, inputs[0], output)
+
+        return hook
+
+    def _attend(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._mode == "record" and self._short:
+                self._shortcuts.attended(number, output)
+
+        return hook
+
     def _spread(self, number: int) -> Callable[[nn.Module, Any, Tensor], None]:
         layer = self.layers[number]
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self.ablation != "uniform" or self._gates is None:
+            if self.ablation != "uniform":
                 return
             values = output[..., -layer.width :] if layer.fused else output
             values = values.mean(1, keepdim=True)
             repeats = layer.width // values.shape[-1]
             values = values.unflatten(-1, (-1, layer.head_width))
-            self._uniform[number] = values.repeat_interleave(repeats, -2).flatten(-2)
+            found = self._recorded_uniform if self._mode == "record" else self._uniform
+            found[number] = values.repeat_interleave(repeats, -2).flatten(-2)
 
         return hook
 
@@ -328,7 +383,8 @@ class Pruner:
         if self.ablation == "zero":
             return gates, None
         if self.ablation == "uniform":
-            return gates, self._uniform[number]
+            values = self._uniform[number]  # the recorded ones, where a run begins at the heads
+            return gates, values.repeat(len(gates) // len(values), 1, 1)
         if self._means is None:
             raise ValueError(f"{self.operation}: ablation='mean' needs learn_means(batches) first")
         return gates, self._means[number]
@@ -340,10 +396,6 @@ class Pruner:
 def _rows(batch: Batch) -> int:
     first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
     return len(first)
-
-
-def _restore(block: nn.Module) -> None:
-    block.__dict__.pop("forward", None)
 
 
 def _named(model: nn.Module, name: str | None, operation: str) -> nn.Module | None:

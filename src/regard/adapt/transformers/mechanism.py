@@ -13,6 +13,7 @@ from torch.nn.functional import dropout as drop_out
 from regard.adapt.learned import Learned, scales_scores
 from regard.adapt.site import Site
 from regard.adapt.swapped import ATTRIBUTE
+from regard.adapt.transformers import short
 from regard.adapt.transformers.caches import MARK, Call, StateLayer, state_layer
 from regard.adapt.transformers.sight import Sight, see
 from regard.adapt.transformers.sites import CROSS
@@ -200,6 +201,8 @@ class _Run:
             return self._separate(given, sight.segments, q, k, v)
         if layer is not None:
             return self._continue(layer, given, q, k, v)
+        if short.serves(self.card, given, q, k):
+            return short.attend(q, k, v, **given)
         return self.card.op(q=q, k=k, v=v, **given)
 
     def _causal(self, sight: Sight) -> bool:
