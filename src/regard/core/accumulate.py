@@ -27,13 +27,23 @@ def add_rows(into: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> N
 
 
 def rows_by(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Rows `numbers` [n] of x, whose gradients are summed as `add_rows` sums where they repeat.
+    """Rows `numbers` [..., m] of x [..., n, D]: [..., m, D]; numbers may repeat.
+
+    Their gradients are summed as `add_rows` sums: torch differentiates `index_select` by
+    `index_add_`, and indexing by `index_put_`.
 
     >>> rows_by(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0, 1])).flatten()
     tensor([2., 1., 2.])
+    >>> rows_by(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([[1], [0]])).flatten()
+    tensor([2., 3.])
     """
-    # Torch differentiates the one by `index_add_`, the other by `index_put_`.
-    return x.index_select(0, numbers) if x.device.type == "cpu" else x[numbers]
+    several, (n, D) = x.shape[:-2], x.shape[-2:]
+    numbers = numbers.expand(*several, -1)
+    if several:
+        numbers = numbers + (torch.arange(several.numel(), device=x.device) * n).view(*several, 1)
+    flat, at = x.reshape(-1, D), numbers.flatten()
+    found = flat.index_select(0, at) if x.device.type == "cpu" else flat[at]
+    return found.view(*numbers.shape, D)
 
 
 def sums_by(values: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:

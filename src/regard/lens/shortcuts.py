@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from regard.lens.fused import Answering, FusedCall
 from regard.lens.layers import Layer
 from regard.ops.local_linear import gemm
 from regard.ops.softmax import softmax_attention
@@ -144,51 +144,35 @@ def _attending(
         return forward(*args, **named)
 
 
-class _Fused(TorchFunctionMode):
+class _Fused(Answering):
     """Calls of torch's fused attention: of the queries that are read, by our softmax."""
 
     def __init__(self, read: slice | None, fill: float) -> None:
         super().__init__()
         self.read, self.fill = read, fill
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        tokens = query.shape[-2]
-        every = attn_mask is not None or is_causal  # would have to be cut as the queries are
+    def fused(self, call: FusedCall) -> Tensor:
+        # A mask or a causal limit would have to be cut as the queries are.
+        every = self.read is None or call.attn_mask is not None or call.is_causal
+        tokens = call.query.shape[-2]
         if self.read is not None and not every:
-            query = query[..., self.read, :]
-        plain = query.dtype == torch.float32 and query.device.type == "cpu" and query.ndim == 4
-        if plain and not every and not dropout_p and query.shape[-1] >= NARROWEST:
-            output = softmax_attention(query, key, value, scale=scale)
-        else:
-            output = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
+            call.query = call.query[..., self.read, :]
+        output = _ours(call) if _is_plain(call) else call.run()
         if self.read is not None and not every:
             output = _filled(output, tokens, self.read, self.fill)
         return output
+
+
+def _is_plain(call: FusedCall) -> bool:
+    """Whether our softmax computes it, and faster."""
+    q = call.query
+    plain = call.attn_mask is None and not call.is_causal and not call.dropout_p
+    fits = q.dtype == torch.float32 and q.device.type == "cpu" and q.ndim == 4
+    return plain and fits and q.shape[-1] >= NARROWEST
+
+
+def _ours(call: FusedCall) -> Tensor:
+    return softmax_attention(call.query, call.key, call.value, scale=call.scale)
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:

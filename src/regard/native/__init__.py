@@ -12,6 +12,7 @@ from regard.native.loader import (
     function,
     instruction_sets,
     limited_to,
+    no_memory,
     refusal,
     status,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "function",
     "instruction_sets",
     "limited_to",
+    "no_memory",
     "refusal",
     "status",
 ]

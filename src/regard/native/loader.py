@@ -107,6 +107,11 @@ def refusal() -> str | None:
     return loaded.reason if isinstance(loaded, _Missing) else None
 
 
+def no_memory(op: str) -> MemoryError:
+    """What to raise where a kernel found no room to work in."""
+    return MemoryError(f"{op}: no memory for the work space of the native kernel")
+
+
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets that both this machine and this build have, best first.
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from regard.lens.fused import Answering, FusedCall
 from regard.lens.layers import heads_of
 from regard.lens.taps.call import Attention
 from regard.lens.taps.station import OUTSIDE_GRAPHS, Point, Station
@@ -76,7 +76,7 @@ class FunctionalStation(Station):
         return attention.output
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(Answering):
     """Follows one run of a module: product, softmax, product; or the fused function."""
 
     def __init__(self, station: FunctionalStation) -> None:
@@ -86,21 +86,14 @@ class _Watch(TorchFunctionMode):
         self.scores: Tensor | None = None
         self.weights: Tensor | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
+    def other(
+        self, function: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._fused(result, *args, **kwargs)
-        if func in SOFTMAXES and isinstance(result, Tensor) and result.ndim == 4:
+        result = function(*args, **named)
+        if function in SOFTMAXES and isinstance(result, Tensor) and result.ndim == 4:
             if self.product is not None:
                 self.scores, self.weights = args[0], result
-        elif func in PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
+        elif function in PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
             return self._product(result, args[0], args[1])
         return result
 
@@ -113,27 +106,17 @@ class _Watch(TorchFunctionMode):
         self.product = self.scores = self.weights = None
         return self.station.hand(q, k_transposed.transpose(-2, -1), right, result, **given)
 
-    def _fused(
-        self,
-        result: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is not None and attn_mask.ndim < 4:
-            attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    def fused(self, call: FusedCall) -> Tensor:
+        mask = call.attn_mask
+        if mask is not None and mask.ndim < 4:
+            mask = mask[(None,) * (4 - mask.ndim)]
         return self.station.hand(
-            query,
-            key,
-            value,
-            result,
-            mask=attn_mask,
-            diagonal=0 if is_causal else None,  # torch aligns it at the start
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            dropout=dropout_p,
+            call.query,
+            call.key,
+            call.value,
+            call.run(),
+            mask=mask,
+            diagonal=0 if call.is_causal else None,  # torch aligns it at the start
+            scale=call.query.shape[-1] ** -0.5 if call.scale is None else call.scale,
+            dropout=call.dropout_p,
         )

@@ -116,16 +116,12 @@ def _repeated(
     if scale is not None:
         factor = scale.to(dtype).reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
     k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    first = torch.arange(B * H, device=q.device).view(B, H, 1) * k.shape[2]
     indices = indices.repeat_interleave(H // indices.shape[1], 1).expand(B, -1, -1, -1)
     outputs = [q.new_zeros(B, H, 0, v.shape[3])]
     for i, t in enumerate(range(0, T, block)):
         chosen = indices[:, :, i]
         rows = (q[:, :, t : t + block].to(dtype)) * factor
-        numbers = (chosen.clamp(min=0) + first).flatten()
-        keys, values = (
-            rows_by(x.flatten(0, 2), numbers).view(*chosen.shape, -1).to(dtype) for x in (k, v)
-        )
+        keys, values = (rows_by(x, chosen.clamp(min=0)).to(dtype) for x in (k, v))
         place = torch.arange(t, min(t + block, T), device=q.device)[:, None] + offset
         hidden = chosen[:, :, None] < 0
         if causal:

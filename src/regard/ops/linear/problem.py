@@ -45,6 +45,9 @@ class Feature(NamedTuple):
 IDENTITY = Feature("identity", _same, keeps_zero=True)
 
 
+NUMBERS = frozenset({float, int, type(None)})  # types of a scale that is no tensor
+
+
 class Problem(NamedTuple):
     """S <- exp(log_decay) S + phi(k) v^T, read by phi(q): one call, not computed yet.
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from regard.core.accumulate import rows_by
 from regard.core.dispatch import Form
 from regard.core.precision import compute_dtype, without_autocast
 from regard.ops.rat import native, step
-from regard.ops.rat.attend import rows_at
 from regard.ops.rat.call import Call
 from regard.ops.rat.grid import Grid, lay, remember, tables
 from regard.ops.rat.native import attend_native, scan_native
@@ -70,8 +70,8 @@ def _own(call: Call, grid: Grid, v: Tensor) -> Tensor:
     """One chunk that never ends: the softmax is over a query's own entry, and gives its value."""
     T, group, offset = call.q.shape[2], call.q.shape[1] // v.shape[1], grid.offset
     if grid.place is not None:
-        out = _shared_rows(v, grid.place.long())
-        out = out.masked_fill((grid.place < 0)[:, None, :, None], 0.0)
+        place = grid.place.long()[:, None]  # several queries may share one
+        out = rows_by(v, place.clamp(min=0)).masked_fill((place < 0)[..., None], 0.0)
     elif offset < 0:  # queries before the first key
         blind = min(-offset, T)
         out = pad(v[:, :, : T - blind], (0, 0, blind, 0))
@@ -83,19 +83,6 @@ def _own(call: Call, grid: Grid, v: Tensor) -> Tensor:
             # Its gradient is 0 all the same, and whatever it holds reaches nothing.
             out = out + torch.zeros_like(x).where(x.new_ones((), dtype=torch.bool), x).sum()
     return out
-
-
-def _shared_rows(v: Tensor, places: Tensor) -> Tensor:
-    """`rows_at` where queries share places and autograd adds up their gradients.
-
-    On a CPU the sum of a gather is in order; on a GPU it is by atomic additions, in an order that
-    changes from run to run, while that of indexing is sorted first. (Indexing on several threads
-    of a CPU is the other way round.)
-    """
-    if v.device.type == "cpu":
-        return rows_at(v, places)
-    row = torch.arange(len(v), device=v.device)[:, None]
-    return v[row, :, places.clamp(min=0)].transpose(1, 2)
 
 
 def _native(call: Call) -> Any:

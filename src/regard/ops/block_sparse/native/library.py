@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.native import chosen, function
+from regard.native import chosen, function, no_memory
 
 LEVELS, BLOCKS, BOXES = 0, 1, 2  # where lists come from
 BAD_PLAN = -2  # what a kernel returns for a level or an index that may not be
@@ -46,7 +46,7 @@ def run(op: str, name: str, call: Call) -> int:
     """`regard_block_sparse_<name>`: 0 or `BAD_PLAN`; out of memory is a `MemoryError`."""
     code = _kernel(op, name, chosen())(ctypes.byref(call))
     if code not in (0, BAD_PLAN):
-        raise MemoryError(f"{op}: no memory for the work space of the native kernel")
+        raise no_memory(op)
     return code
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from regard.core.library import define
 from regard.core.mapped import batched
+from regard.core.watched import PLAIN, is_watched
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? plan, Tensor? scales, bool indices, "
@@ -115,18 +116,12 @@ class _Attention(torch.autograd.Function):
         return _differentiate(ctx, d_out, None)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = PLAIN | {type(None)}
 
 
 def _unseen(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing but these tensors' numbers matters: nobody traces, maps or looks on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
+    return not is_watched() and _PLAIN.issuperset(map(type, tensors))
 
 
 def attention(*given: Any) -> Tensor:

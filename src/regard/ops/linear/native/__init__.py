@@ -24,7 +24,7 @@ from regard.native import refusal
 from regard.ops.linear.engine import encode, read
 from regard.ops.linear.native import activate, decode, whole
 from regard.ops.linear.native.blocks import in_blocks
-from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER
+from regard.ops.linear.native.library import divisor
 from regard.ops.linear.native.mapped import in_walk
 from regard.ops.linear.native.unit import with_native_unit
 from regard.ops.linear.native.walk import Walked, walk
@@ -75,13 +75,9 @@ def _cut(x: Tensor | None, tokens: slice) -> Tensor | None:
 
 
 def _walk(problem: Problem, q: Tensor, tokens: slice, S: Tensor | None, z: Tensor | None) -> Walked:
-    minimum = problem.minimum
-    sums = NO_NORMALISER
-    if problem.normaliser is not None:
-        sums = BY_SUM if minimum is None else BY_CLAMP
     return walk(
         q, problem.k[:, :, tokens], problem.v[:, :, tokens], _cut(problem.log_decay, tokens),
-        _cut(problem.beta, tokens), S, z, sums, minimum or 0.0, problem.epsilon,
+        _cut(problem.beta, tokens), S, z, *divisor(problem), problem.epsilon,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.core.library import define
-from regard.native import chosen, function
+from regard.native import chosen, function, no_memory
 from regard.ops.linear import learned_features
 from regard.ops.linear.problem import Feature, Problem
 
@@ -120,7 +120,7 @@ def _project_activate(
         x.data_ptr(), W.data_ptr(), None if b is None else b.data_ptr(), phi.data_ptr(),
         (ctypes.c_int64 * len(sizes))(*sizes),
     ):  # fmt: skip
-        raise MemoryError("linear_activation: no memory for the work space of the native kernel")
+        raise no_memory("linear_activation")
     return phi
 
 

@@ -11,20 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import _C, Tensor, is_autocast_enabled, is_grad_enabled
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch import is_autocast_enabled, is_grad_enabled
 
 from regard.core.dispatch import Form, is_asking
 from regard.core.state import FixedState
+from regard.core.watched import PLAIN, is_watched
 from regard.native import chosen
 from regard.ops.linear.native import decode, mapped, whole
 from regard.ops.linear.native.decode import Run
-from regard.ops.linear.problem import Feature, Problem, Solution
+from regard.ops.linear.problem import NUMBERS, Feature, Problem, Solution
 
 _MOST = 1024
-_NUMBERS = {float, int, type(None)}
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 known: dict[tuple[Any, ...], Run] = {}  # by signature
 
@@ -37,20 +34,13 @@ def signature(
         q, k, v, causal, query_map, key_map, scale, key_mask, log_decay, beta, normaliser, _, _,
         chunk, cu_seqlens, cu_seqlens_k, _, epsilon,
     ) = problem  # fmt: skip
-    if type(q) not in _PLAIN or not q.is_cpu or is_compiling():
+    if type(q) not in PLAIN or not q.is_cpu or is_watched() or is_autocast_enabled("cpu"):
         return None
-    if q.dtype is not torch.float32 or type(scale) not in _NUMBERS or is_asking():
+    if q.dtype is not torch.float32 or type(scale) not in NUMBERS or is_asking():
         return None
     if type(causal) is not bool or type(return_state) is not bool or type(impl) is not str:
         return None
     if not (key_mask is None and chunk is None and cu_seqlens is None and cu_seqlens_k is None):
-        return None
-    if (
-        _C._are_functorch_transforms_active()
-        or _C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or is_autocast_enabled("cpu")
-    ):
         return None
     given, past = [q, k, v, log_decay, beta], None
     if state is not None:
@@ -71,7 +61,7 @@ def signature(
     for x in given:
         if x is None:
             found.append(None)
-        elif type(x) not in _PLAIN or not x.is_cpu or (grad and x.requires_grad):
+        elif type(x) not in PLAIN or not x.is_cpu or (grad and x.requires_grad):
             return None
         else:
             found += (x.shape, x.stride(), x.dtype)

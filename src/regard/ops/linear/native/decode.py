@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.native import chosen, function
-from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER
+from regard.core.watched import PLAIN, is_watched
+from regard.native import chosen, function, no_memory
+from regard.ops.linear.native.library import BY_SUM, divisor
 from regard.ops.linear.native.walk import OP
-from regard.ops.linear.problem import Problem, Solution
+from regard.ops.linear.problem import NUMBERS, Problem, Solution
 
 # `Step` of decode.h: what changes from token to token, then what does not.
 _POINTERS = struct.Struct("=10Q")
 _REST = struct.Struct("=9q 3d 10q")
 _MAPS = {"identity": 0, "unit": 1, "elu": 2, "relu": 3}
-_NUMBERS = {float, int, type(None)}
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 Run = Callable[[Problem, Tensor | None, Tensor | None], Solution]  # a problem, its S and z
 
@@ -45,7 +44,7 @@ def _fits(problem: Problem) -> bool:
         and problem.cu_seqlens_k is None
         and problem.key_mask is None
         and problem.chunk is None
-        and type(problem.scale) in _NUMBERS
+        and type(problem.scale) in NUMBERS
         and problem.query_map.name in _MAPS
         and problem.key_map.name in _MAPS
     )
@@ -53,12 +52,7 @@ def _fits(problem: Problem) -> bool:
 
 def untraced(problem: Problem, S: Tensor | None, z: Tensor | None) -> bool:
     """Whether a call may leave torch: no gradient is needed and nobody looks on."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if is_watched():
         return False
     grad = torch.is_grad_enabled()
     for x in (
@@ -66,7 +60,7 @@ def untraced(problem: Problem, S: Tensor | None, z: Tensor | None) -> bool:
     ):  # fmt: skip
         if x is None:
             continue
-        if type(x) not in _PLAIN or not x.is_cpu or (grad and x.requires_grad):
+        if type(x) not in PLAIN or not x.is_cpu or (grad and x.requires_grad):
             return False
     return True
 
@@ -100,7 +94,7 @@ def plan(problem: Problem, isa: str | None) -> Run:
             0 if total is None else total.data_ptr(),
         )  # fmt: skip
         if kernel(pointers + rest):
-            raise _no_memory()
+            raise no_memory(OP)
         return Solution(out, following, total)
 
     return run
@@ -113,14 +107,10 @@ def _prepared(isa: str | None, problem: Problem, S: Tensor | None, z: Tensor | N
     results = [None if room is None else problem.q.new_empty(room) for room in _rooms(problem)]
     pointers = [0 if x is None else x.data_ptr() for x in (*given, S, z, *results)]
     if _kernel(isa)(_POINTERS.pack(*pointers) + _rest(problem, *given)):
-        raise _no_memory()
+        raise no_memory(OP)
     out, following, total = results
     assert out is not None
     return Solution(out, following, total)
-
-
-def _no_memory() -> MemoryError:
-    return MemoryError(f"{OP}: no memory for a decoding step")
 
 
 def _operands(problem: Problem) -> tuple[Any, ...]:
@@ -146,15 +136,13 @@ def _rooms(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
 def _rest(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bytes:
     """All of a `Step` but its pointers."""
     (B, H, _, F), (_, Hk, _, E) = q.shape, v.shape
-    normaliser = NO_NORMALISER
-    if problem.normaliser is not None:
-        normaliser = BY_SUM if problem.minimum is None else BY_CLAMP
+    normaliser, minimum = divisor(problem)
     strides = [n for x in (q, k, v, *others) for n in _strides(x)]
     return _REST.pack(
         B, H, Hk, F, E, _MAPS[problem.query_map.name], _MAPS[problem.key_map.name],
         problem.per_channel, normaliser,
         1.0 if problem.scale is None or normaliser == BY_SUM else problem.scale,
-        problem.minimum or 0.0, problem.epsilon, *strides,
+        minimum, problem.epsilon, *strides,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from regard.native import function
+from regard.ops.linear.problem import Problem
 
 NO_NORMALISER, BY_SUM, BY_CLAMP = 0, 1, 2
 
@@ -61,6 +62,14 @@ class Call(ctypes.Structure):
         ("query_map", Map),
         ("key_map", Map),
     ]
+
+
+def divisor(problem: Problem) -> tuple[int, float]:
+    """What outputs are divided by, and the clamp of that."""
+    minimum = problem.minimum
+    if problem.normaliser is None:
+        return NO_NORMALISER, 0.0
+    return (BY_SUM, 0.0) if minimum is None else (BY_CLAMP, minimum)
 
 
 def operand(x: Tensor | None) -> Operand:

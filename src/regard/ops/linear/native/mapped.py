@@ -15,14 +15,13 @@ from torch import Tensor
 
 from regard.ops.linear.native.activate import KINDS
 from regard.ops.linear.native.decode import Run, untraced
-from regard.ops.linear.native.library import BY_CLAMP, BY_SUM, NO_NORMALISER, Map
+from regard.ops.linear.native.library import Map, divisor
 from regard.ops.linear.native.walk import planned, walk_mapped
-from regard.ops.linear.problem import Feature, Problem, Solution, Solve
+from regard.ops.linear.problem import NUMBERS, Feature, Problem, Solution, Solve
 
 _PLAIN = {"identity": 0, "unit": 2, "relu": 3}  # of call.h
 _TIMES, _LEARNED = 1, 4
 _LANES = 16  # columns of a weight come in multiples of the widest vector
-_NUMBERS = (type(None), float, int)
 
 
 def in_walk(solve: Solve) -> Solve:
@@ -46,7 +45,7 @@ def _fits(problem: Problem) -> bool:
         and q.numel() > 0
         and problem.v.numel() > 0
         and problem.key_mask is None
-        and type(problem.scale) in _NUMBERS
+        and type(problem.scale) in NUMBERS
         and all(_known(map) for map in maps)
         and not any(x.requires_grad and torch.is_grad_enabled() for m in maps for x in m.weights)
         and untraced(problem, problem.S, problem.z)
@@ -148,8 +147,4 @@ def _operands(problem: Problem) -> tuple[Any, ...]:
 
 def _options(problem: Problem) -> tuple[Any, ...]:
     """The normaliser, its numbers, the width of the features."""
-    minimum, normaliser = problem.minimum, NO_NORMALISER
-    if problem.normaliser is not None:
-        normaliser = BY_SUM if minimum is None else BY_CLAMP
-    width = problem.key_map.width(problem.q.shape[3])
-    return normaliser, minimum or 0.0, problem.epsilon, width
+    return *divisor(problem), problem.epsilon, problem.key_map.width(problem.q.shape[3])

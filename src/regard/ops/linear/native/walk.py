@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regard.core.library import define
 from regard.core.mapped import batched
-from regard.native import chosen
+from regard.native import chosen, no_memory
 from regard.ops.linear.native.library import OPERANDS, Call, Map, kernel, operand, pointer
 
 OP = "linear_attention"
@@ -78,11 +78,7 @@ def _call(
 
 def _run(name: str, call: Call) -> None:
     if kernel(OP, name, chosen())(ctypes.byref(call)):
-        raise _no_memory()
-
-
-def _no_memory() -> MemoryError:
-    return MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise no_memory(OP)
 
 
 def _results(
@@ -163,7 +159,7 @@ def planned(
             pointer(weight), pointer(last), pointer(total)
         )  # fmt: skip
         if run_kernel(ctypes.byref(call)):
-            raise _no_memory()
+            raise no_memory(OP)
         return out, last, total
 
     return run

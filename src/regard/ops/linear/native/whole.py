@@ -17,13 +17,12 @@ from torch import Tensor
 
 from regard.core.library import define
 from regard.core.mapped import batched
-from regard.native import chosen, function, refusal
+from regard.native import chosen, function, no_memory, refusal
 from regard.ops.linear.native.decode import Run, untraced
 from regard.ops.linear.native.library import (
-    BY_CLAMP,
-    BY_SUM,
     NO_NORMALISER,
     Operand,
+    divisor,
     operand,
     pointer,
 )
@@ -122,11 +121,7 @@ def _is_large(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _run(name: str, call: Whole) -> None:
     if _kernel(name, chosen())(ctypes.byref(call)):
-        raise _no_memory()
-
-
-def _no_memory() -> MemoryError:
-    return MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise no_memory(OP)
 
 
 def _rooms(q: Tensor, v: Tensor, normaliser: int) -> tuple[tuple[int, ...], ...]:
@@ -251,14 +246,6 @@ def refuse(problem: Problem) -> str | None:
     return refuse_operands(problem, MAPS) or refuse_tensors(problem.q)
 
 
-def _divisor(problem: Problem) -> tuple[int, float]:
-    """The normaliser and its clamp."""
-    minimum = problem.minimum
-    if problem.normaliser is None:
-        return NO_NORMALISER, 0.0
-    return (BY_SUM, 0.0) if minimum is None else (BY_CLAMP, minimum)
-
-
 def _options(problem: Problem) -> tuple[str, str, float]:
     """Both maps and the scale."""
     scale = 1.0 if problem.scale is None else float(problem.scale)
@@ -266,7 +253,7 @@ def _options(problem: Problem) -> tuple[str, str, float]:
 
 
 def _solve(problem: Problem) -> Solution:
-    normaliser, minimum = _divisor(problem)
+    normaliser, minimum = divisor(problem)
     operands = problem.q, problem.k, problem.v, problem.S, problem.z
     found = whole(*operands, *_options(problem), normaliser, minimum)
     return Solution(found.out, found.S, found.of_keys if normaliser else None)
@@ -280,7 +267,7 @@ def plan(problem: Problem, isa: str | None) -> Run | None:
     if not untraced(problem, problem.S, problem.z):
         return None
     q, k, v = problem.q, problem.k, problem.v
-    normaliser, minimum = _divisor(problem)
+    normaliser, minimum = divisor(problem)
     call, kept = _call(q, k, v, *_options(problem), normaliser, minimum)
     before = problem.S, problem.z
     if any(x is not None and not x.is_contiguous() for x in before) or any(
@@ -301,7 +288,7 @@ def plan(problem: Problem, isa: str | None) -> Run | None:
         if normaliser:
             call.of_keys = of_keys.data_ptr()
         if run_kernel(ctypes.byref(call)):
-            raise _no_memory()
+            raise no_memory(OP)
         return Solution(out, sums, of_keys if normaliser else None)
 
     return run

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from regard.core.dispatch import is_asking
+from regard.core.watched import PLAIN, is_watched
 from regard.gpu.operands import channels_last
 from regard.gpu.replay import Plan, alike
-from regard.ops.linear.problem import Problem
+from regard.ops.linear.problem import NUMBERS, Problem
 from regard.ops.linear.triton.shapes import Options, of_forward
 
 _MOST = 1024
-_NUMBERS = {float, int, type(None)}
-_PLAIN = {Tensor, torch.nn.Parameter}
 _UNLEARNED = {"identity", "elu", "relu"}  # maps without weights
 
 
@@ -45,26 +44,20 @@ def signature(
 ) -> tuple[Any, ...] | None:
     """All that decides about an unchecked call of `op`, or None where that is more than this."""
     q, k, v, decay, mask = problem.q, problem.k, problem.v, problem.log_decay, problem.key_mask
-    if torch.compiler.is_compiling() or type(q) not in _PLAIN or not there(q):
+    if is_watched() or type(q) not in PLAIN or not there(q):
         return None
     if state is not None or return_state is not False or problem.causal is not True:
         return None
     left = problem.beta, problem.chunk, problem.cu_seqlens, problem.cu_seqlens_k
-    if left != (None, None, None, None) or type(problem.scale) not in _NUMBERS:
+    if left != (None, None, None, None) or type(problem.scale) not in NUMBERS:
         return None
     names = problem.query_map.name, problem.key_map.name
     if not _UNLEARNED.issuperset(names) or is_asking() or torch.is_autocast_enabled("cuda"):
         return None
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return None
     given = q, k, v, decay, mask
     grad = torch.is_grad_enabled()
     for x in given:
-        if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad)):
+        if x is not None and (type(x) not in PLAIN or (grad and x.requires_grad)):
             return None
     numbers = problem.scale, problem.normaliser, problem.epsilon
     return op, impl, *names, *numbers, *map(type, numbers), *alike(*given)

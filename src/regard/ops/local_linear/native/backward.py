@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.native import chosen, function
+from regard.native import chosen, function, no_memory
 from regard.ops.local_linear import backward as gradients
 from regard.ops.local_linear.backward import Wanted
 from regard.ops.local_linear.layout import Inputs
@@ -87,7 +87,7 @@ def backward(
 
 def _run(call: Backward) -> None:
     if _kernel(chosen())(ctypes.byref(call)):
-        raise MemoryError(f"{OP}: no memory for the work space of the native backward")
+        raise no_memory(OP)
 
 
 @cache

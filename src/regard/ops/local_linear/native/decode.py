@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from regard.core.decay import decay_sums
-from regard.native import chosen, function
+from regard.core.watched import PLAIN, is_watched
+from regard.native import chosen, function, no_memory
 from regard.ops.local_linear import blockwise
 from regard.ops.local_linear.blockwise import Result
 from regard.ops.local_linear.call import OP, Answer, Call, operands, options, ridge_rows
@@ -28,7 +29,6 @@ MOST_ROWS = 8  # queries x group: up to here half the time of a tile or less, me
 LEAST_WORK = 1 << 21  # numbers in all keys below which a second thread costs more than it saves
 _CALL = struct.Struct("=20q d 66q 7q")  # `Call` of call.h: integers, tol, 11 operands, 7 results
 _NONE = (0, 0, 0, 0, 0, 0)
-_PLAIN = {Tensor, torch.nn.Parameter}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -52,11 +52,8 @@ def needs_gradient(call: Call) -> bool:
 def untraced(call: Call) -> bool:
     """Whether a call may leave torch: no gradient is needed and nobody looks on."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or not {type(call.q), type(call.k), type(call.v)} <= _PLAIN
+        is_watched()
+        or not {type(call.q), type(call.k), type(call.v)} <= PLAIN
         or call.q.device.type != "cpu"
         or needs_gradient(call)
     )
@@ -137,7 +134,7 @@ def _run(
     )  # fmt: skip
     count = _kernel(chosen())(packed)
     if count < 0:
-        raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise no_memory(OP)
     if mode == GIVEN and probe is not None:
         slope.copy_(probe)
     elif mode == AVERAGE:

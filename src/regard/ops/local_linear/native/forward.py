@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regard.native import chosen
+from regard.native import chosen, no_memory
 from regard.ops.local_linear import blockwise
 from regard.ops.local_linear.layout import Inputs
 from regard.ops.local_linear.native import decode
@@ -79,7 +79,7 @@ def _forward(inputs: Inputs, options: Options, factors: Tensor | None) -> blockw
 def run(call: Call, name: str) -> None:
     """Calls `regard_local_linear_<name>`; out of memory is a `MemoryError`."""
     if kernel(OP, name, chosen())(ctypes.byref(call)):
-        raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise no_memory(OP)
 
 
 def call_of(inputs: Inputs, solver: Solver) -> tuple[Call, list[Tensor]]:

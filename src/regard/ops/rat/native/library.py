@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.native import chosen, function
+from regard.native import chosen, function, no_memory
 
 OP = "rat_attention"
 
@@ -78,7 +78,7 @@ def dense(x: Tensor) -> Tensor:
 def run(name: str, call: Any) -> None:
     """Calls `regard_rat_<name>`; out of memory is a `MemoryError`."""
     if _kernel(name, chosen())(ctypes.byref(call)):
-        raise MemoryError(f"{OP}: no memory for the work space of the native kernel")
+        raise no_memory(OP)
 
 
 @cache
