@@ -235,6 +235,7 @@ def test_the_same_twice(models: dict[str, Path], tmp_path: Path) -> None:
         ("image", "noise.png", ("--pictures", "3"), "--pictures is for an INPUT that is a folder"),
         ("text", "a cat", ("--pictures", "3"), "--pictures is for an INPUT that is a folder"),
         ("windows", "noise.png", (), "layers of one size without windows"),
+        ("convolutions", "noise.png", (), "has no layer of attention that is known here"),
     ],
 )
 def test_wrong_usage(
@@ -250,6 +251,9 @@ def test_wrong_usage(
         folder.mkdir()
     if model == "windows":
         tiny.vision_classifier(folder, transformers, "Swin")
+        tiny.picture(tmp_path / given)
+    elif model == "convolutions":
+        tiny.convolutional_classifier(folder, transformers)
         tiny.picture(tmp_path / given)
     elif model in ("weightless", "broken", "cut"):
         good = (models["text"] / "config.json").read_text()

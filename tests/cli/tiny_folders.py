@@ -60,6 +60,17 @@ def vision_classifier(folder: Path, transformers: Any, kind: str = "ViT") -> Pat
     return folder
 
 
+def convolutional_classifier(folder: Path, transformers: Any) -> Path:
+    """A ResNet of two stages: a model without attention."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(folder)
+    processor(transformers, 16).save_pretrained(folder)
+    return folder
+
+
 def processor(transformers: Any, size: int) -> Any:
     """An image processor that needs no torchvision."""
     logging = transformers.utils.logging
